@@ -1,0 +1,521 @@
+"""The policy: a causal language model that samples groups of completions and scores them, each prompt computed once per group.
+
+A group is one prompt and G completions, laid out as one row [prompt | c_1 | ... | c_G]: completions see the prompt and themselves, not each other.
+One attention function, registered with transformers, does this for scoring (with gradient) and for decoding (with cached keys and values).
+The idea is Prefix Grouper's (arXiv 2506.05433), here for sampling, old and reference log-probs and the gradient alike, exactly and not approximately.
+"""
+import copy
+import json
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+import data
+from data import Item, UsageError
+
+
+# -------------------------------------------------------------------------------------------- what flows
+@dataclass
+class Rollout:
+    item: Item
+    group: int                          # the prompt's index in the step: the only key that advantages group by
+    prompt_ids: list[int]
+    completion_ids: list[int]           # end with the token that stopped them, an EOS or the one that closed </answer>
+    sample_logps: list[float]           # one per completion id
+    finished: bool                      # False: cut at the token limit
+    text: str = ""                      # decoded, without special tokens
+    parsed: object = None               # after grading
+    reward: float = 0.0
+    parts: dict = field(default_factory=dict)
+    correct: bool = False
+    predicted: str = ""
+    advantage: float = 0.0              # after grpo
+
+
+@dataclass
+class Batch:                            # made only by collate; P prompts, G completions each
+    prompt_ids: Tensor                  # [P, L] left-padded
+    prompt_mask: Tensor                 # [P, L] bool
+    completion_ids: Tensor              # [P, G, T] right-padded
+    mask: Tensor                        # [P, G, T] bool, from lengths, never from token values
+
+    def prompts(self, which: slice) -> "Batch":
+        """Only some of the prompts, with all their completions and no more padding than these need."""
+        prompt_mask, mask = self.prompt_mask[which], self.mask[which]
+        skip, T = int((~prompt_mask.any(0)).sum()), int(mask.any(0).any(0).sum())
+        return Batch(self.prompt_ids[which, skip:], prompt_mask[:, skip:], self.completion_ids[which, :, :T], mask[..., :T])
+
+
+@dataclass
+class Scores:
+    logps: Tensor                       # [P, G, T], 0 where not counted
+    entropy: Tensor                     # [P, G, T], nats, without gradient
+    values: Tensor | None               # [P, G, T], the critic's, where there is one
+
+
+def collate(rollouts: list[Rollout], device: str | torch.device = "cpu") -> Batch:
+    """Rollouts, grouped by `group` in the order given, every group of the same size -> Batch."""
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group, []).append(rollout)
+    P, G = len(groups), len(next(iter(groups.values())))
+    if any(len(rows) != G for rows in groups.values()):
+        raise ValueError(f"groups of different sizes: {sorted({len(rows) for rows in groups.values()})}")
+    L = max(len(rows[0].prompt_ids) for rows in groups.values())
+    T = max(1, max(len(rollout.completion_ids) for rollout in rollouts))
+    batch = Batch(torch.zeros(P, L, dtype=torch.long), torch.zeros(P, L, dtype=torch.bool),
+                  torch.zeros(P, G, T, dtype=torch.long), torch.zeros(P, G, T, dtype=torch.bool))
+    for p, rows in enumerate(groups.values()):
+        start = L - len(rows[0].prompt_ids)
+        batch.prompt_ids[p, start:] = torch.tensor(rows[0].prompt_ids)
+        batch.prompt_mask[p, start:] = True
+        for g, rollout in enumerate(rows):
+            if rollout.prompt_ids != rows[0].prompt_ids:
+                raise ValueError(f"group {rollout.group} has rollouts of two prompts")
+            batch.completion_ids[p, g, :len(rollout.completion_ids)] = torch.tensor(rollout.completion_ids, dtype=torch.long)
+            batch.mask[p, g, :len(rollout.completion_ids)] = True
+    return Batch(*(tensor.to(device) for tensor in vars(batch).values()))
+
+
+# ------------------------------------------------------------------------------- attention, prompt once
+NO_MASK = torch.empty(0, 0, 0, 0)       # four-dimensional: transformers passes it on as it is and builds none of its own
+
+
+def causal_mask(prompt_mask: Tensor) -> Tensor:
+    """[P, L] -> [P, 1, L, L]: causal, no padding seen; a padding row sees itself, so that its softmax is not empty."""
+    L = prompt_mask.shape[1]
+    ones = torch.ones(L, L, dtype=torch.bool, device=prompt_mask.device)
+    return (ones.tril() & prompt_mask[:, None, None, :]) | torch.eye(L, dtype=torch.bool, device=prompt_mask.device)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """[B, H, S, D], [B, Hkv, K, D] x 2, [B, 1, S, K] -> [B, H, S, D]. K/V heads are repeated: with a mask, CUDA's grouped path falls back to the slow kernel."""
+    repeat = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+class Packed:
+    """Attention over rows [prompt | c_1 | ... | c_G] for scoring: L + G*T tokens a row instead of G*(L + T)."""
+
+    def __init__(self, prompt_mask: Tensor, G: int, T: int):
+        P, self.L = prompt_mask.shape
+        self.G, self.T = G, T
+        self.prompt_mask = causal_mask(prompt_mask)                                               # [P, 1, L, L]
+        own = torch.ones(T, T, dtype=torch.bool, device=prompt_mask.device).tril()
+        mask = torch.cat([prompt_mask[:, None, :].expand(P, T, self.L), own.expand(P, T, T)], 2)  # [P, T, L+T]
+        self.completion_mask = mask.repeat_interleave(G, 0)[:, None]                              # [P*G, 1, T, L+T]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query [P, H, L+G*T, D], key and value [P, Hkv, L+G*T, D] -> [P, H, L+G*T, D]"""
+        L, G, T = self.L, self.G, self.T
+        prompt = sdpa(query[:, :, :L], key[:, :, :L], value[:, :, :L], self.prompt_mask, scale)
+        if T == 0:
+            return prompt
+        fold = lambda x: x[:, :, L:].unflatten(2, (G, T)).transpose(1, 2).flatten(0, 1)           # [P, h, G*T, D] -> [P*G, h, T, D]
+        share = lambda x: x[:, :, :L].repeat_interleave(G, 0)                                     # [P, h, L, D] -> [P*G, h, L, D]
+        both = lambda x: torch.cat([share(x), fold(x)], 2)                                        # [P*G, h, L+T, D]
+        own = sdpa(fold(query), both(key), both(value), self.completion_mask, scale)              # [P*G, H, T, D]
+        own = own.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)                             # [P, H, G*T, D]
+        return torch.cat([prompt, own], 2)
+
+
+class Cache:
+    """Keys and values while decoding: the prompt's once per prompt, the completions' in buffers of fixed length.
+
+    One token a completion is fed at a time, as a [P, G] "sequence" whose G positions do not see each other. To transformers this is the
+    `past_key_values`, of which it calls only `update`, and to the attention function below it is the layout.
+    """
+    is_sliding = False                  # transformers 5.17 asks
+
+    def __init__(self, prompt_mask: Tensor, G: int, max_new: int):
+        self.prompt_mask, self.G, self.max_new, self.length = prompt_mask, G, max_new, -1         # length -1: the prompt comes next
+        self.causal = causal_mask(prompt_mask)
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}                                        # layer -> K, V [P, Hkv, L, D]
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}                                           # layer -> K, V [P, Hkv, G, max_new, D]
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
+        if self.length < 0:
+            self.prompt[layer] = key, value
+            P, H, _, D = key.shape
+            self.own[layer] = key.new_empty(P, H, self.G, self.max_new, D), value.new_empty(P, H, self.G, self.max_new, D)
+        else:
+            for buffer, new in zip(self.own[layer], (key, value)):
+                buffer[:, :, :, self.length] = new                                                # [P, Hkv, G, D]
+        return key, value
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Prompt: query [P, H, L, D] -> the same. Decoding: query [P, H, G, D], G tokens that each see the prompt and their own past."""
+        if self.length < 0:
+            return sdpa(query, key, value, self.causal, scale)
+        prompt_key, prompt_value = self.prompt[layer]
+        own_key, own_value = (x[:, :, :, :self.length + 1] for x in self.own[layer])              # [P, Hkv, G, t+1, D]
+        P, Hkv, L, D = prompt_key.shape
+        q = query.unflatten(1, (Hkv, -1)).transpose(2, 3)                                         # [P, Hkv, G, R, D], R query heads a K/V head
+        R = q.shape[3]
+        to_prompt = (q.flatten(2, 3) @ prompt_key.transpose(2, 3)).unflatten(2, (-1, R))          # [P, Hkv, G, R, L]
+        to_prompt = to_prompt.masked_fill(~self.prompt_mask[:, None, None, None, :], -torch.inf)
+        to_own = q @ own_key.transpose(3, 4)                                                      # [P, Hkv, G, R, t+1]
+        p = (torch.cat([to_prompt, to_own], -1).float() * scale).softmax(-1).to(q.dtype)
+        out = (p[..., :L].flatten(2, 3) @ prompt_value).unflatten(2, (-1, R)) + p[..., L:] @ own_value
+        return out.transpose(2, 3).flatten(1, 2)                                                  # [P, H, G, D]
+
+    def keep(self, prompts: Tensor, slots: Tensor) -> None:
+        """Only these prompts [P'] and, of each, these completions [P', G']."""
+        self.prompt_mask, self.G = self.prompt_mask[prompts], slots.shape[1]
+        for layer in self.prompt:
+            self.prompt[layer] = tuple(x[prompts] for x in self.prompt[layer])
+            self.own[layer] = tuple(x[prompts[:, None], :, slots].transpose(1, 2) for x in self.own[layer])
+
+
+def prompt_once(module, query, key, value, attention_mask, scaling=None, prompt_once=None, **kwargs):
+    """transformers' attention interface: query [B, H, S, D] -> ([B, S, H, D], None). Without a layout it is plain sdpa.
+
+    It stays in force for ever: gradient checkpointing runs the forward pass again, in the backward pass.
+    """
+    if prompt_once is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    unserved = [name for name in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unserved:
+        raise UsageError(f"the attention of {type(module).__name__} uses {', '.join(unserved)}, which prompt-once attention does not serve")
+    scale = scaling if scaling is not None else query.shape[-1] ** -.5
+    return prompt_once.attend(module.layer_idx, query, key, value, scale).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("prompt_once", prompt_once)
+AttentionMaskInterface.register("prompt_once", sdpa_mask)
+
+
+def refuse_unserved(config) -> None:
+    """UsageError, by name, for a model family whose attention or head does more than ours."""
+    text = config.get_text_config(decoder=True)
+    layers = set(getattr(text, "layer_types", None) or []) - {"full_attention"}
+    window = not getattr(text, "layer_types", None) and getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    faults = [*sorted(layers), *(["sliding_window"] if window else [])]
+    faults += [name for name in ("attn_logit_softcapping", "attention_chunk_size", "alibi", "final_logit_softcapping") if getattr(text, name, None)]
+    faults += [name for name in ("logit_scale", "logits_scaling") if getattr(text, name, None) not in (None, 1, 1.0)]
+    if faults:
+        raise UsageError(f"model type {config.model_type!r} is not served: it uses {', '.join(faults)}. "
+                         "Served are Llama, Qwen2, Qwen2.5, Qwen3, SmolLM and other families with plain full attention")
+
+
+# ------------------------------------------------------------------------------------------------- LoRA
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / rank) B A x (arXiv 2106.09685): W frozen, A [rank, in] and B [out, rank] trained in fp32; B starts at 0."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, switch: dict, generator: torch.Generator):
+        super().__init__()
+        self.base, self.scale, self.switch = base, alpha / rank, switch
+        bound = base.in_features ** -.5
+        self.A = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator).to(base.weight.device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.switch["adapters"]:
+            return y
+        return y + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+
+
+def add_lora(decoder: nn.Module, rank: int, alpha: float, targets: str, switch: dict, seed: int) -> int:
+    """Replace the decoder's linear layers by LoRALinear: all, or those whose name stands in the comma list. Returns how many."""
+    generator = torch.Generator().manual_seed(seed)
+    found = [(parent, name, child) for parent in decoder.modules() for name, child in parent.named_children()
+             if isinstance(child, nn.Linear) and (targets == "all" or name in targets.split(","))]
+    for parent, name, child in found:
+        setattr(parent, name, LoRALinear(child, rank, alpha, switch, generator))
+    return len(found)
+
+
+# ----------------------------------------------------------------------------------------------- policy
+class Policy:
+    """A model, its tokenizer, and what is trained of it. Made by `Policy.load`, `open_policy` (a run folder too) or `demo_policy`."""
+
+    def __init__(self, model, tokenizer, *, lora: int = 16, lora_alpha: float | None = None, lora_targets: str = "all", template: str = "auto",
+                 stop_answer: str = "auto", checkpointing: bool = False, keep_reference: bool = False, head_chunk: int = 512, seed: int = 0):
+        self.model, self.tokenizer, self.head_chunk = model.requires_grad_(lora == 0).eval(), tokenizer, head_chunk
+        self.device, self.switch, self.checkpointing = model.device, {"adapters": True}, checkpointing
+        without_dropout(model)
+        if lora and not add_lora(model.get_decoder(), lora, lora_alpha or 2 * lora, lora_targets, self.switch, seed):
+            raise UsageError(f"no linear layer of this model is named {lora_targets!r}: see --lora-targets")
+        self.frozen = copy.deepcopy(model).requires_grad_(False) if keep_reference and not lora else None
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False}) if enable.__name__.startswith("gradient") else enable()
+        self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
+        if self.chat and not tokenizer.chat_template:
+            raise UsageError("this model's tokenizer has no chat template: use --template plain")
+        self.stop_answer = stop_answer == "on" or (stop_answer == "auto" and not self.chat)
+        self.eos_ids = self._eos_ids()
+
+    @classmethod
+    def load(cls, name_or_path: str, device: str = "cpu", dtype: torch.dtype | None = None, **kwargs) -> "Policy":
+        """A Hugging Face folder or hub name. dtype: of the frozen weights; by default bf16 on a GPU that has it and fp32 elsewhere.
+
+        Raises UsageError where there is no such model, no tokenizer, or a family that prompt-once attention does not serve.
+        """
+        full = kwargs.get("lora", 16) == 0
+        if dtype is None:
+            dtype = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() and not full else torch.float32
+        try:
+            config = AutoConfig.from_pretrained(name_or_path)
+            refuse_unserved(config)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, attn_implementation="prompt_once")
+        except UsageError:
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"cannot load {name_or_path}: {first_line(error)}. A model folder holds config.json, *.safetensors and a tokenizer; "
+                             "a hub name needs a network") from None
+        return cls(model.to(device), tokenizer, **kwargs)
+
+    # -- prompts
+    def _eos_ids(self) -> list[int]:
+        """Every id that ends a completion: the generation config's, the model's, the tokenizer's, and the one that closes a turn of the chat."""
+        ids: set[int] = set()
+        for found in (getattr(self.model.generation_config, "eos_token_id", None), getattr(self.model.config, "eos_token_id", None),
+                      self.tokenizer.eos_token_id):
+            ids.update(found if isinstance(found, (list, tuple)) else [found])
+        if self.chat:
+            turn = self.tokenizer.apply_chat_template([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}], tokenize=False)
+            after = self.tokenizer(turn.rsplit("ANSWER", 1)[-1], add_special_tokens=False).input_ids
+            ids.update(after[:1] if after[:1] and after[0] in self.tokenizer.all_special_ids else [])
+        ids.discard(None)
+        if not ids:
+            raise UsageError("neither the tokenizer nor the generation config names an EOS token: no completion could end")
+        return sorted(ids)
+
+    def prompt(self, item: Item, style: str = "think") -> list[int]:
+        """The token ids of an item's prompt: chat template where used, else the plain transcript with the tokenizer's own BOS."""
+        chat = data.messages(item, style)
+        if not self.chat:
+            ids = self.tokenizer(data.plain_text(chat)).input_ids
+            return ids[:-1] if ids[-1] in self.eos_ids else ids               # some tokenizers close every text with EOS
+        try:
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except Exception as error:                                            # jinja2's, raised by templates that know no system turn
+            if type(error).__name__ != "TemplateError":
+                raise
+            joined = [{"role": "user", "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}]
+            text = self.tokenizer.apply_chat_template(joined, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False).input_ids       # the template holds the BOS already
+
+    def encode(self, items: list[Item], style: str = "think") -> list[list[int]]:
+        """Prompt token ids, one list an item. Never truncated: the caller drops what is too long."""
+        return [self.prompt(item, style) for item in items]
+
+    # -- the model's three calls: hidden states, head, values
+    def _autocast(self):
+        """--full on a GPU: fp32 weights, bf16 products. LoRA and CPU compute in the weights' own type."""
+        mixed = self.device.type == "cuda" and self.model.dtype == torch.float32 and torch.cuda.is_bf16_supported()
+        return torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
+
+    def _hidden(self, ids: Tensor, positions: Tensor, layout: Packed | Cache) -> Tensor:
+        """ids, positions [P, S] -> the decoder's last hidden states [P, S, D]"""
+        cache = {"past_key_values": layout, "use_cache": True} if isinstance(layout, Cache) else {"use_cache": False}
+        return self.model.get_decoder()(input_ids=ids, attention_mask=NO_MASK.to(ids.device), position_ids=positions,
+                                        prompt_once=layout, **cache).last_hidden_state
+
+    def _logits(self, hidden: Tensor, temperature: float) -> Tensor:
+        """[..., D] -> [..., V] in fp32, divided by the temperature: the one place where sampler, scorer and reference get theirs."""
+        return self.model.lm_head(hidden).float() / (temperature or 1.0)
+
+    # -- sampling
+    @torch.no_grad()
+    def sample(self, items: list[Item], n: int, max_new: int, temperature: float, seed: int, first_row: int = 0, style: str = "think",
+               prompts: list[list[int]] | None = None) -> list[Rollout]:
+        """n completions of each item, of at most max_new tokens; temperature 0 is greedy. Returns len(items)*n rollouts, an item's together.
+
+        Row r draws its random numbers from (seed, first_row + r) alone: neither batching nor who else is alive changes what it says.
+        There is no top-k or top-p: the policy that is scored must be the one that was sampled.
+        """
+        prompts = self.encode(items, style) if prompts is None else prompts
+        P, L = len(items), max(map(len, prompts))
+        uniforms = torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=[seed % 2**64, first_row + row])).random(max_new)
+                                              for row in range(P * n)])).to(self.device)                              # [P*n, max_new]
+        empty = [Rollout(item, p, ids, [], [], False) for p, (item, ids) in enumerate(zip(items, prompts))]
+        batch = collate(empty, self.device)                                                       # for its left-padded prompts
+        cache = Cache(batch.prompt_mask, n, max_new)
+        tokens = torch.zeros(P * n, max_new, dtype=torch.long, device=self.device)
+        logps = torch.zeros(P * n, max_new, device=self.device)
+        eos = torch.tensor(self.eos_ids, device=self.device)
+        done = torch.zeros(P * n, dtype=torch.bool, device=self.device)
+        rows = torch.arange(P * n, device=self.device).view(P, n)                                 # [P', G'] which row sits in which slot
+        lengths = batch.prompt_mask.sum(1)                                                        # [P'] position of the next token
+        self.model.eval()                                                                         # in train mode checkpointing drops the cache
+        with self._autocast():
+            positions = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)
+            hidden = self._hidden(batch.prompt_ids, positions, cache)[:, -1:]                     # [P, 1, D]: left-padded, so the last is real
+            for t in range(max_new):
+                picked, picked_logps = pick(self._logits(hidden, temperature), uniforms[rows, t], greedy=temperature == 0)      # [P', G'] x 2
+                tokens[rows, t], logps[rows, t] = picked, picked_logps
+                done[rows] |= torch.isin(picked, eos)
+                if t == max_new - 1:
+                    break
+                if t % 8 == 7:                                                                    # now and then, since it makes the GPU wait
+                    if self.stop_answer:
+                        for row in rows.unique().tolist():
+                            done[row] |= self._answer_end(tokens[row, max(0, t - 31):t + 1].tolist()) is not None
+                    if bool(done[rows].all()):
+                        break
+                    rows, lengths = drop_finished(rows, lengths, done, cache)
+                cache.length = t
+                hidden = self._hidden(tokens[rows, t], lengths[:, None].expand_as(rows) + t, cache)                            # [P', G', D]
+        return [self._rollout(items[row // n], row // n, prompts[row // n], *ids_and_logps)
+                for row, ids_and_logps in enumerate(zip(tokens[:, :t + 1].tolist(), logps[:, :t + 1].tolist()))]
+
+    def _answer_end(self, ids: list[int]) -> int | None:
+        """How many of the ids it takes until the text holds </answer>; None where it does not."""
+        if "</answer>" not in self.tokenizer.decode(ids):
+            return None
+        low, high = 1, len(ids)                                                                   # bisection: once there, it stays
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if "</answer>" in self.tokenizer.decode(ids[:middle]) else (middle + 1, high)
+        return low
+
+    def _rollout(self, item: Item, group: int, prompt_ids: list[int], ids: list[int], logps: list[float]) -> Rollout:
+        """Cut a row where it ended, which does not depend on when the sampling loop noticed."""
+        ends = [t + 1 for t, token in enumerate(ids) if token in self.eos_ids][:1]
+        if self.stop_answer and (end := self._answer_end(ids)) is not None:
+            ends.append(end)
+        n = min(ends, default=len(ids))
+        return Rollout(item, group, prompt_ids, ids[:n], logps[:n], finished=bool(ends), text=self.tokenizer.decode(ids[:n], skip_special_tokens=True))
+
+    # -- scoring
+    def score(self, batch: Batch, temperature: float = 1.0) -> Scores:
+        """Log-probs of the completions under the policy, with gradient where it is enabled. The prompt is computed once for its G completions."""
+        P, L = batch.prompt_ids.shape
+        _, G, T = batch.completion_ids.shape
+        fed = batch.completion_ids[:, :, :T - 1]                                                  # nothing is predicted from the last token
+        ids = torch.cat([batch.prompt_ids, fed.flatten(1)], 1)                                    # [P, L + G*(T-1)]
+        prompt_positions = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)                         # [P, L]
+        own = batch.prompt_mask.sum(1)[:, None] + torch.arange(T - 1, device=ids.device)          # [P, T-1]: from the prompt's own length on
+        positions = torch.cat([prompt_positions, own.repeat(1, G)], 1)
+        self.model.train(self.checkpointing and torch.is_grad_enabled())
+        with self._autocast():
+            hidden = self._hidden(ids, positions, Packed(batch.prompt_mask, G, T - 1))
+            last = hidden[:, None, L - 1:L].expand(P, G, 1, -1)                                   # predicts every completion's first token
+            hidden = torch.cat([last, hidden[:, L:].unflatten(1, (G, T - 1))], 2)                 # [P, G, T, D]: row t predicts token t
+            logps, entropy = self._token_logps(hidden[batch.mask], batch.completion_ids[batch.mask], temperature)
+        spread = lambda x: torch.zeros(P, G, T, device=ids.device).masked_scatter(batch.mask, x)  # [sum len] -> [P, G, T]
+        return Scores(spread(logps), spread(entropy), None)
+
+    def _token_logps(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """log pi(target) and the entropy, in fp32 and by chunks. hidden [M, D], targets [M] -> [M], [M]
+
+        The logits of a chunk are computed again in the backward pass, so memory grows with D x length, not with vocabulary x length.
+        """
+        def chunk(h, target):                                                                     # [m, D], [m]
+            logits = self._logits(h, temperature)                                                 # [m, V]
+            total = logits.logsumexp(-1)
+            with torch.no_grad():
+                entropy = total - ((logits - total[:, None]).exp() * logits).sum(-1)
+            return logits.gather(1, target[:, None])[:, 0] - total, entropy
+        if torch.is_grad_enabled():
+            parts = [checkpoint(chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(self.head_chunk), targets.split(self.head_chunk))]
+        else:
+            parts = [chunk(h, y) for h, y in zip(hidden.split(self.head_chunk), targets.split(self.head_chunk))]
+        logps, entropy = (torch.cat(x) for x in zip(*parts))
+        return logps, entropy
+
+    @contextmanager
+    def reference(self):
+        """Within it, this policy is the frozen reference: its adapters off, or the copy made at load. Restored whatever happens."""
+        model, adapters = self.model, self.switch["adapters"]
+        try:
+            if self.frozen is not None:
+                self.model = self.frozen
+            elif not any(isinstance(m, LoRALinear) for m in model.modules()):
+                raise ValueError("no reference: all weights are trained and no copy was kept (keep_reference=True)")
+            self.switch["adapters"] = False
+            yield self
+        finally:
+            self.model, self.switch["adapters"] = model, adapters
+
+    # -- weights
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What the optimiser moves and a checkpoint holds, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trainable(self, tensors: dict[str, Tensor]) -> None:
+        mine = self.trainable()
+        if set(mine) != set(tensors) or any(mine[name].shape != tensors[name].shape for name in mine):
+            raise UsageError("these weights belong to another model, or to another LoRA rank or targets")
+        for name, p in mine.items():
+            p.copy_(tensors[name])
+
+
+def pick(logits: Tensor, uniform: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
+    """One token a row by inversion of the distribution function, and its log-prob. logits [P, 1 or G, V], uniform [P, G] -> [P, G] x 2
+
+    The token is the first whose cumulated probability exceeds u: one random number a token, and never a token of probability 0.
+    """
+    log_total = logits.logsumexp(-1, keepdim=True)
+    logits, log_total = (x.expand(*uniform.shape, -1) for x in (logits, log_total))               # [P, G, V]: the first token's are shared
+    if greedy:
+        token = logits.argmax(-1, keepdim=True)
+    else:
+        cdf = (logits - log_total).exp().cumsum(-1)
+        below = torch.minimum(uniform[..., None].to(cdf.dtype) * cdf[..., -1:], torch.nextafter(cdf[..., -1:], torch.zeros_like(cdf[..., -1:])))
+        token = torch.searchsorted(cdf, below, right=True)
+    return token[..., 0], (logits.gather(-1, token) - log_total)[..., 0]
+
+
+def drop_finished(rows: Tensor, lengths: Tensor, done: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+    """Close ranks when it saves a tenth of the slots: only prompts with a live row, as many slots as the liveliest has. rows [P, G] -> [P', G']"""
+    alive = ~done[rows]                                                                           # [P, G]
+    prompts, G = alive.any(1).nonzero()[:, 0], int(alive.sum(1).max())
+    if len(prompts) * G > .9 * rows.numel():
+        return rows, lengths
+    slots = alive[prompts].to(torch.int8).argsort(1, descending=True, stable=True)[:, :G]         # live first; a dead row fills what is left
+    cache.keep(prompts, slots)
+    return rows[prompts[:, None], slots], lengths[prompts]
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Dropout off for good: with it, two scoring passes of the same weights would differ."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "resid_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# ------------------------------------------------------------------------------------- demo, run folders
+def demo_policy(seed: int, **kwargs) -> Policy:
+    """A random Qwen2 of 0.2 million weights and a tokenizer of the demo's words, all trained. No download.
+
+    The template shows only the user's turn: a model this small learns the form from its warm start, not from an instruction.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    words = ["<pad>", "<eos>", "<unk>", *data.demo_words()]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
+                                        clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% elif m.role == 'assistant' %}"
+                               "{{ m.content }} <eos>{% endif %}{% endfor %}")
+    config = Qwen2Config(vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, initializer_range=.15, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+                         tie_word_embeddings=False, bos_token_id=None, eos_token_id=1, pad_token_id=0, attn_implementation="prompt_once")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    return Policy(model, tokenizer, lora=0, **kwargs)
