@@ -182,6 +182,11 @@ def fingerprint(item: Item) -> str:
     return hashlib.sha256(" ".join(text.split()).casefold().encode()).hexdigest()
 
 
+def set_fingerprint(items: list[Item]) -> str:
+    """Of a whole split, in its order, answers included: tells a resumed run whether its data is still the same."""
+    return hashlib.sha256(" ".join(f"{fingerprint(item)}{item.answer}" for item in items).encode()).hexdigest()[:16]
+
+
 def without(items: list[Item], held_out: list[Item]) -> list[Item]:
     """The items whose question and options do not occur in `held_out`."""
     taken = {fingerprint(item) for item in held_out}

@@ -5,7 +5,9 @@ One attention function, registered with transformers, does this for scoring (wit
 The idea is Prefix Grouper's (arXiv 2506.05433), here for sampling, old and reference log-probs and the gradient alike, exactly and not approximately.
 """
 import copy
+import hashlib
 import json
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import data
 from data import Item, UsageError
@@ -269,7 +273,7 @@ class Policy:
         try:
             config = AutoConfig.from_pretrained(name_or_path)
             refuse_unserved(config)
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+            tokenizer = load_tokenizer(name_or_path)
             model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, attn_implementation="prompt_once")
         except UsageError:
             raise
@@ -478,7 +482,7 @@ def drop_finished(rows: Tensor, lengths: Tensor, done: Tensor, cache: Cache) -> 
     prompts, G = alive.any(1).nonzero()[:, 0], int(alive.sum(1).max())
     if len(prompts) * G > .9 * rows.numel():
         return rows, lengths
-    slots = alive[prompts].to(torch.int8).argsort(1, descending=True, stable=True)[:, :G]         # live first; a dead row fills what is left
+    slots = alive[prompts].to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :G]         # live first; a dead row fills what is left
     cache.keep(prompts, slots)
     return rows[prompts[:, None], slots], lengths[prompts]
 
@@ -491,6 +495,12 @@ def without_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "dropout", "resid_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def load_tokenizer(name_or_path: str):
+    """AutoTokenizer, except where the folder says that its tokenizer.json is all there is: AutoTokenizer would rebuild that by the model's type."""
+    generic = get_tokenizer_config(name_or_path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(name_or_path)
 
 
 def first_line(error: Exception) -> str:
@@ -519,3 +529,74 @@ def demo_policy(seed: int, **kwargs) -> Policy:
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
     return Policy(model, tokenizer, lora=0, **kwargs)
+
+
+def pick_device(name: str) -> str:
+    """auto -> cuda where there is one, else cpu."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+    return name
+
+
+def read_run(path: str) -> dict:
+    """The config of a run folder, {} where `path` is none (a model folder or a hub name)."""
+    file = Path(path) / "run.json"
+    return json.loads(file.read_text(encoding="utf-8"))["config"] if file.is_file() else {}
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint whose files match their checksums; a damaged one is named and passed over."""
+    for state in sorted((run / "checkpoints").glob("[0-9]*[0-9]/state.json"), reverse=True):
+        try:
+            sums = json.loads(state.read_text(encoding="utf-8"))["sha256"]
+            if all(checksum(state.parent / name) == expected for name, expected in sums.items()):
+                return state.parent
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        print(f"{state.parent} is damaged (its checksums do not match): the one before it is used", file=sys.stderr)
+    return None
+
+
+def checksum(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(2**22):
+            total.update(block)
+    return total.hexdigest()
+
+
+def model_size(name_or_path: str, rank: int) -> tuple[int, int]:
+    """(weights, weights trained) of a model, from its config alone. rank 0: all are trained."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name_or_path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"cannot read the config of {name_or_path}: {first_line(error)}") from None
+    total = sum(p.numel() for p in model.parameters())
+    linear = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
+    return total, rank * sum(m.in_features + m.out_features for m in linear) if rank else total
+
+
+def open_policy(path: str, device: str, **kwargs) -> tuple[Policy, dict]:
+    """A run folder's newest checkpoint, a model folder or a hub name -> the policy, and the run's config ({} for a model)."""
+    config = read_run(path)
+    if not config:
+        return Policy.load(path, device, lora=0, **kwargs), {}
+    checkpoint = newest_checkpoint(Path(path))
+    if checkpoint is None:
+        raise UsageError(f"{path} is a run without a finished checkpoint: resume it with train.py --resume {path}")
+    policy = Policy.load(base_model(path, config), device, **(policy_settings(config) | kwargs))
+    policy.load_trainable(load_file(checkpoint / "policy.safetensors"))
+    return policy, config
+
+
+def base_model(run: str | Path, config: dict) -> str:
+    """The model a run started from: the demo's lies in the run folder itself."""
+    return config["model"] or str(Path(run) / "model")
+
+
+def policy_settings(config: dict) -> dict:
+    """The arguments of Policy that a run's config fixes."""
+    return {"lora": 0 if config["full"] else config["lora"], **{name: config[name] for name in ("lora_alpha", "lora_targets", "template", "stop_answer", "seed")}}

@@ -137,7 +137,7 @@ def grade(item, text: str, config, finished: bool = True, n_tokens: int | None =
     parts, each in [0, 1]:  accuracy   the gold option is named (under med-rlvr: in a well-formed completion)
                             format     well formed (strict=True: and nothing outside the two blocks);  malformed = 1 - format
                             truncated  cut at the token limit. No reward part: a complete right answer before the cut counts.
-                            overlong   DAPO's soft penalty (arXiv 2503.14476, section 3.4): from 0 at max_new - overlong_buffer tokens to 1 at max_new
+                            overlong   DAPO's soft penalty (arXiv 2503.14476, section 3.4): 0 until overlong_share of max_new is left, then rising to 1
     The direct and chain-of-thought prompts ask for no think block: there, one answer block is the form.
     """
     parsed = parse(text)
@@ -148,9 +148,9 @@ def grade(item, text: str, config, finished: bool = True, n_tokens: int | None =
     named = match_option(parsed.answer, item.options)
     correct = bool(item.answer) and item.answer in named
     counts = correct and (formed or config.reward != "med-rlvr")
-    over = (n_tokens or 0) - (config.max_new - config.overlong_buffer)
+    buffer = config.overlong_share * config.max_new                           # DAPO: the last 4,096 of 20,480 tokens
     parts = {"accuracy": float(counts), "format": float(formed), "malformed": float(not formed), "truncated": float(not finished),
-             "overlong": min(max(over / config.overlong_buffer, 0.0), 1.0) if config.overlong_buffer else 0.0}
+             "overlong": min(max(((n_tokens or 0) - config.max_new + buffer) / buffer, 0.0), 1.0) if buffer else 0.0}
     total = sum(weight * parts[name] for name, weight in weights(config).items())
     return Grade(total, parts, parsed, correct, item.answer if correct else named[:1])
 

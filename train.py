@@ -1,0 +1,581 @@
+"""The training loop: sample, grade, compare, update; then evaluate, log, save.
+
+Read it with Med-RLVR (arXiv 2502.19655), section 3, or DeepSeekMath (arXiv 2402.03300), Algorithm 1: `train` below is that algorithm, top to bottom.
+Every algorithm is a row of `ALGOS`: settings of the same weighted sum, none has code of its own.
+`python train.py` trains the demo in about a minute on a laptop; `python train.py --dataset medqa` is the paper's task on one GPU.
+"""
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+import grpo
+import policy as policies
+import rewards
+from data import UsageError
+from policy import Policy, Rollout, collate
+
+
+def setting(default, help: str, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """All that a run depends on. Each field is a flag: --clip-high 0.28. Without arguments: GRPO with Med-RLVR's reward."""
+    # what to learn from
+    dataset: str = setting("demo", f"{', '.join(data.DATASETS)}, or a JSONL file or folder of your own")
+    data_dir: str = setting("", "folder that holds the published files, instead of the hub")
+    limit: int = setting(0, "train on the first N items only; 0 = all")
+    eval_limit: int = setting(0, "evaluate on the first N items of dev and of test only; 0 = all")
+    shuffle_options: bool = setting(False, "another order of the options for each item, fixed by the seed")
+    style: str = setting("think", "prompt", ("think", "direct", "cot"))
+    max_prompt: int = setting(1024, "tokens; a longer prompt is dropped and counted, never cut")
+    # the model
+    model: str = setting("", "Hugging Face folder or hub name; empty = the demo's tiny model")
+    device: str = setting("auto", "auto, cpu, cuda")
+    template: str = setting("auto", "auto = the tokenizer's chat template where it has one", ("auto", "chat", "plain"))
+    stop_answer: str = setting("auto", "stop at the first </answer>; auto = with the plain template", ("auto", "on", "off"))
+    full: bool = setting(False, "train all weights instead of adapters")
+    lora: int = setting(16, "rank of the adapters")
+    lora_alpha: float = setting(32.0, "their scale is alpha / rank")
+    lora_targets: str = setting("all", "all, or a comma list such as q_proj,v_proj")
+    # the algorithm: --algo sets the rest of this block, and flags override it
+    algo: str = setting("grpo", "a row of the table of algorithms", ("grpo", "dr_grpo", "dapo", "rloo", "gspo"))
+    scale: str = setting("std", "divide a group's advantages by its std", ("std", "none"))
+    leave_one_out: bool = setting(False, "baseline = mean of the other samples of the group")
+    weights: str = setting("sequence", "who counts the same: each sequence, each token, or tokens over a constant", ("sequence", "token", "constant"))
+    ratio: str = setting("token", "probability ratio per token or per sequence", ("token", "sequence"))
+    clip_low: float = setting(0.2, "ratios below 1 - this stop pushing down")
+    clip_high: float = setting(0.2, "ratios above 1 + this stop pushing up")
+    dual_clip: float = setting(0.0, "bound of ratio x |A| for A < 0; 0 = none")
+    kl: str = setting("k3", "KL estimator in the loss", ("k2", "k3"))
+    kl_coef: float = setting(0.0, "weight of the KL to the reference; 0 = no reference pass")
+    dynamic: bool = setting(False, "DAPO: drop groups that are all right or all wrong, and sample others instead")
+    refills: int = setting(3, "at most so many extra rounds of sampling for that")
+    # the rollout and its updates
+    prompts: int = setting(16, "prompts a step (P)")
+    samples: int = setting(8, "completions a prompt (G)")
+    temperature: float = setting(1.0, "of sampler, scorer and reference alike")
+    max_new: int = setting(512, "new tokens a completion")
+    updates: int = setting(1, "passes over a rollout")
+    minibatches: int = setting(1, "optimiser steps a pass")
+    micro_batch: int = setting(0, "prompts a forward pass, for memory only: the gradient stays the same; 0 = all")
+    checkpointing: bool = setting(True, "recompute activations in the backward pass")
+    # the reward
+    reward: str = setting("med-rlvr", "malformed -1, wrong 0, right +1; or accuracy + format", ("med-rlvr", "acc-format"))
+    strict: bool = setting(False, "well formed = nothing outside the two blocks")
+    w_format: float = setting(1.0, "weight of the format in acc-format, at most the 1 of accuracy")
+    w_overlong: float = setting(0.0, "weight of the soft penalty for completions near the limit")
+    overlong_share: float = setting(0.2, "last share of max_new over which it rises to 1")
+    # the optimiser
+    steps: int = setting(300, "training steps")
+    lr: float = setting(1e-5, "learning rate of AdamW, constant after the warm-up")
+    warmup: int = setting(10, "steps of linear warm-up")
+    beta2: float = setting(0.95, "AdamW's second beta (OpenRLHF)")
+    weight_decay: float = setting(0.0, "AdamW's")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    # the run
+    seed: int = setting(0, "of everything: order, options, samples, adapters")
+    out: str = setting("", "run folder; empty = the next free runs/DATASET-ALGO-N")
+    eval_every: int = setting(20, "steps between evaluations on dev; 0 = none")
+    eval_samples: int = setting(1, "completions an item for the sampled accuracy, before and after")
+    save_every: int = setting(20, "steps between checkpoints; the last step is always saved")
+    keep: int = setting(2, "checkpoints kept")
+    log_groups: int = setting(1, "groups a step written to rollouts.jsonl")
+
+
+# Flags beat a data set's defaults, and both beat the algorithm's row. Learning rates are for adapters unless said otherwise.
+DEFAULTS = {
+    "demo": dict(full=True, steps=100, prompts=16, samples=8, max_new=12, lr=1e-3, warmup=10, checkpointing=False, kl_coef=0.0, eval_samples=4),
+    "medqa": dict(model="Qwen/Qwen2.5-3B", template="plain", steps=300, lr=1e-5, max_new=512),      # base model, as in the paper; the rest is our choice
+}
+DEFAULTS["medqa-4"] = DEFAULTS["medqa"]
+
+# One row an algorithm: the words in which it differs from GRPO. Where a paper's normaliser differs from ours by a constant factor, the README says so.
+ALGOS = {
+    "grpo": dict(scale="std", weights="sequence", kl="k3", kl_coef=0.04),                     # arXiv 2402.03300; beta 0.04 as in Visual-RFT and kin
+    "dr_grpo": dict(scale="none", weights="constant"),                                        # arXiv 2503.20783
+    "dapo": dict(scale="std", weights="token", clip_high=0.28, dynamic=True, w_overlong=1.0),  # arXiv 2503.14476
+    "rloo": dict(scale="none", leave_one_out=True, weights="constant"),                       # arXiv 2402.14740
+    "gspo": dict(scale="std", weights="sequence", ratio="sequence", clip_low=3e-4, clip_high=4e-4),   # arXiv 2507.18071, section 5.1
+}
+
+
+# --------------------------------------------------------------------------------------------- the loop
+def train(config: Config, run: Path, policy: Policy, splits: dict) -> None:
+    """From the newest checkpoint to config.steps. All randomness is a function of (seed, step), so a resumed run does what the first would have done."""
+    optimizer = make_optimizer(policy, config)
+    first = restore(run, policy, optimizer)
+    log = Log(run, first)
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="train", unit="step", disable=None)
+    for step in bar:
+        start = time.perf_counter()
+        rollouts, counts = collect(policy, splits["train"], config, step)                     # sample and grade
+        sampled = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+        metrics = {"step": step + 1, **counts, **describe(rollouts)}
+        if rollouts:
+            set_advantages(rollouts, config)
+            metrics |= update(policy, optimizer, rollouts, config, step)                      # compare and learn
+        metrics |= {"lr": optimizer.param_groups[0]["lr"], "kl_coef": config.kl_coef, "temperature": config.temperature}
+        if config.eval_every and (step + 1) % config.eval_every == 0:
+            dev, _ = evaluation.evaluate(policy, splits["dev"], config, samples=0, label="dev ")
+            metrics |= {"dev_accuracy": dev["accuracy"], "dev_ci95": dev["ci95"]}
+        log.write(metrics, rollouts[:config.log_groups * config.samples],
+                  {"sample_s": sampled - start, "step_s": time.perf_counter() - start, "tokens": sum(len(r.completion_ids) for r in rollouts)})
+        if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
+            save_checkpoint(run, policy, optimizer, step + 1, config.keep)
+        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "accuracy", "length") if name in metrics})
+    log.close()
+
+
+def collect(policy: Policy, items: list, config: Config, step: int) -> tuple[list[Rollout], dict]:
+    """The graded rollouts of one step, groups numbered 0..P-1. Under --dynamic without the groups that are all right or all wrong, refilled."""
+    kept: list[Rollout] = []
+    dropped, rounds = 0, config.refills + 1 if config.dynamic else 1
+    for k in range(rounds):
+        missing = config.prompts - len(kept) // config.samples
+        if not missing:
+            break
+        batch = data.batch_for_step(items, step, missing, (config.seed, k) if k else config.seed)
+        rollouts = policy.sample(batch, config.samples, config.max_new, config.temperature, fold(config.seed, step, k), style=config.style)
+        for first in range(0, len(rollouts), config.samples):
+            group = [evaluation.graded(rollout, config) for rollout in rollouts[first:first + config.samples]]
+            if config.dynamic and len({rollout.correct for rollout in group}) == 1:
+                dropped += 1
+                continue
+            for rollout in group:
+                rollout.group = len(kept) // config.samples
+            kept += group
+    unfilled = config.prompts - len(kept) // config.samples
+    if not kept:
+        say(f"step {step + 1}: every group was all right or all wrong after {rounds} rounds; the update is skipped. Harder or easier items would help")
+    return kept, {"groups_dropped": dropped, "groups_unfilled": unfilled} if config.dynamic else {}
+
+
+def set_advantages(rollouts: list[Rollout], config: Config) -> None:
+    advantages = grpo.group_advantages(torch.tensor([r.reward for r in rollouts], dtype=torch.float32), torch.tensor([r.group for r in rollouts]),
+                                       config.scale, leave_one_out=config.leave_one_out)
+    for rollout, advantage in zip(rollouts, advantages.tolist()):
+        rollout.advantage = advantage
+
+
+@dataclass
+class Fixed:
+    """What an update compares the policy with, all [P, G, T] and without gradient; None where the algorithm does not need it."""
+    advantages: Tensor
+    sampled: Tensor                     # log-probs recorded while sampling
+    old: Tensor | None = None           # the policy's before the first optimiser step; None where there is only one: then they are its own
+    ref: Tensor | None = None           # the reference's
+
+    def rows(self, prompts: Tensor, T: int) -> "Fixed":
+        """Of some prompts, as rows: [P, G, T] -> [N, T]"""
+        return Fixed(*(x if x is None else x[prompts, :, :T].flatten(0, 1) for x in vars(self).values()))
+
+
+def update(policy: Policy, optimizer, rollouts: list[Rollout], config: Config, step: int) -> dict:
+    """config.updates passes of config.minibatches optimiser steps over one rollout. Returns the metrics, means over the optimiser steps.
+
+    The loss of an optimiser step is one weighted sum over its rows. The weights are fixed before the first micro-batch, so micro-batches are parts of a sum.
+    """
+    batch = collate(rollouts, policy.device)
+    P, G, T = batch.mask.shape
+    spread = lambda values: torch.zeros(P, G, T, device=policy.device).masked_scatter(batch.mask, torch.tensor(values, device=policy.device))
+    fixed = Fixed(advantages=spread([r.advantage for r in rollouts for _ in r.completion_ids]), sampled=spread([x for r in rollouts for x in r.sample_logps]))
+    if config.updates * config.minibatches > 1:
+        fixed.old = scored(policy, batch, config)
+    if config.kl_coef:
+        with policy.reference():
+            fixed.ref = scored(policy, batch, config)
+    history = []
+    for epoch in range(config.updates):
+        order = torch.randperm(P, generator=torch.Generator().manual_seed(fold(config.seed, step, "order", epoch)))
+        for mini in order.tensor_split(min(config.minibatches, P)):
+            weights = grpo.token_weights(batch.mask[mini].sum(2).flatten(), config.weights, config.max_new).view(-1, G)
+            stats: dict[str, float] = {}
+            for part in torch.arange(len(mini)).split(config.micro_batch or len(mini)):
+                some = batch.prompts(mini[part])
+                loss, terms = loss_of(policy, some, fixed.rows(mini[part], some.mask.shape[2]), weights[part].flatten(), config)
+                loss.backward()
+                for name, value in terms.items():
+                    stats[name] = max(stats.get(name, 0.0), float(value)) if name.startswith("max_") else stats.get(name, 0.0) + float(value)
+            lengths = batch.mask[mini].sum(2)
+            counted = float((weights * lengths).sum())                                        # 1, but for the weights "constant"
+            stats = {name: value if name.startswith(("max_", "loss")) else value / counted for name, value in stats.items()}
+            stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(list(policy.trainable().values()), config.max_grad_norm))
+            if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
+                optimizer.step()
+            else:
+                say(f"step {step + 1}: loss {stats['loss']}, gradient norm {stats['grad_norm']}: this update is skipped and the weights stay")
+            optimizer.zero_grad(set_to_none=True)
+            history.append(stats)
+    merge = lambda name, values: max(values) if name.startswith("max_") else sum(values) / len(values)
+    metrics = {name: merge(name, [stats[name] for stats in history]) for name in history[0]}
+    return metrics | {"max_sampler_gap": history[0]["max_sampler_gap"]}                       # before any weight moved: how far sampler and scorer differ
+
+
+def loss_of(policy: Policy, batch: policies.Batch, fixed: Fixed, weights: Tensor, config: Config) -> tuple[Tensor, dict]:
+    """The part of the loss that these rows contribute, and what to log of it: sums weighted like the loss, and maxima. weights [N]"""
+    scores = policy.score(batch, config.temperature)
+    logps, mask = scores.logps.flatten(0, 1), batch.mask.flatten(0, 1)                        # [N, T]
+    each = weights[:, None] * mask                                                            # [N, T] the weight of each token
+    old = logps.detach() if fixed.old is None else fixed.old
+    loss, stats = grpo.policy_loss(logps, old, fixed.advantages, mask, weights, clip_low=config.clip_low, clip_high=config.clip_high,
+                                   ratio=config.ratio, dual_clip=config.dual_clip or None)
+    if fixed.ref is not None:
+        kl = each * grpo.kl_term(logps, fixed.ref, config.kl)
+        loss = loss + config.kl_coef * kl.sum()
+        stats["kl"] = kl.detach().sum()
+    stats |= {"loss": loss.detach(), "entropy": (each * scores.entropy.flatten(0, 1)).sum(),
+              "max_sampler_gap": ((logps.detach() - fixed.sampled).abs() * mask).max()}
+    return loss, stats
+
+
+@torch.no_grad()
+def scored(policy: Policy, batch: policies.Batch, config: Config) -> Tensor:
+    """Log-probs without gradient, a micro-batch at a time. -> [P, G, T]"""
+    out = torch.zeros(batch.mask.shape, device=policy.device)
+    for some in torch.arange(len(out)).split(config.micro_batch or len(out)):
+        part = batch.prompts(some)
+        out[some, :, :part.mask.shape[2]] = policy.score(part, config.temperature).logps
+    return out
+
+
+def describe(rollouts: list[Rollout]) -> dict:
+    """The metrics of a step's rollouts: means over completions. Empty where none was kept."""
+    if not rollouts:
+        return {}
+    mean = lambda values: sum(values) / len(rollouts)
+    groups: dict[int, set] = {}
+    for r in rollouts:
+        groups.setdefault(r.group, set()).add(r.reward)
+    return {"reward": mean(r.reward for r in rollouts), "accuracy": mean(r.correct for r in rollouts),
+            "length": mean(len(r.completion_ids) for r in rollouts), "groups_equal": sum(len(rewards) == 1 for rewards in groups.values()) / len(groups),
+            **{f"part_{name}": mean(r.parts[name] for r in rollouts) for name in rollouts[0].parts}}
+
+
+# --------------------------------------------------------------------------------------------- optimiser, seeds
+def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
+    return torch.optim.AdamW(policy.trainable().values(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay,
+                             fused=policy.device.type == "cuda")
+
+
+def fold(*parts) -> int:
+    """Any parts -> a 64-bit seed, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
+
+
+def say(message: str) -> None:
+    tqdm.write(message, file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------- the demo's warm start
+def warm_start(policy: Policy, items: list, config: Config, clean_steps: int = 1200, diluted_steps: int = 60):
+    """Make the demo's stand-in for a base model; returns after the clean part once (for its evaluation), then at the end.
+
+    Reinforcement learning brings out what a model can do now and then. So the random model is first taught the task, cleanly, and then spoilt
+    (mostly random letters, broken form) until it samples badly: a skill is there, but not reliable. Tried on: settings in the README.
+    """
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=2.5e-3)
+    rng = random.Random(f"warm {config.seed}")
+    for step in tqdm(range(clean_steps + diluted_steps), desc="warm start", unit="step", leave=False, disable=None):
+        if step == clean_steps:
+            yield "clean"
+        diluted = step >= clean_steps
+        decay = min(1.0, 2 * (1 - step / clean_steps))                                        # constant, then linear to 0 in the second half
+        optimizer.param_groups[0]["lr"] = 1e-3 if diluted else 2.5e-3 * decay
+        rollouts = []
+        for item in data.batch_for_step(items, step, 32, f"warm {config.seed}"):
+            if diluted and rng.random() > .25:
+                item = dataclasses.replace(item, answer=rng.choice(data.LETTERS[:len(item.options)]))
+            words = data.completion(item).split()
+            if diluted and rng.random() > .7:
+                words.pop(rng.randrange(len(words)))
+            ids = policy.tokenizer(" ".join(words)).input_ids + policy.eos_ids[:1]
+            rollouts.append(Rollout(item, len(rollouts), policy.prompt(item), ids, [], True))
+        batch = collate(rollouts, policy.device)
+        (-policy.score(batch).logps.sum() / batch.mask.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(list(policy.trainable().values()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    yield "diluted"
+
+
+# ------------------------------------------------------------------------------------- the run folder, resume
+def tensors_of(policy: Policy, optimizer) -> tuple[dict, dict]:
+    """Trained weights by name, and AdamW's state by "name|key"."""
+    moments = {f"{name}|{key}": value.detach().cpu().contiguous() for name, p in policy.trainable().items() for key, value in optimizer.state[p].items()}
+    return {name: p.detach().cpu().contiguous() for name, p in policy.trainable().items()}, moments
+
+
+def save_checkpoint(run: Path, policy: Policy, optimizer, step: int, keep: int) -> None:
+    """run/checkpoints/000020: policy.safetensors, optimizer.safetensors, state.json with their checksums. Written beside, flushed, then renamed."""
+    final = run / "checkpoints" / f"{step:06d}"
+    temporary = final.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weights, moments = tensors_of(policy, optimizer)
+    save_file(weights, temporary / "policy.safetensors")
+    save_file(moments, temporary / "optimizer.safetensors")
+    sums = {path.name: policies.checksum(path) for path in sorted(temporary.iterdir())}
+    (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": sums}), encoding="utf-8")
+    for path in temporary.iterdir():
+        with path.open("rb+") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(final, ignore_errors=True)                                                  # left by a resumed run from before
+    temporary.rename(final)
+    for old in sorted((run / "checkpoints").glob("[0-9]*[0-9]"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def restore(run: Path, policy: Policy, optimizer) -> int:
+    """Load the newest whole checkpoint into policy and optimiser; returns its step, 0 where there is none. Seeds are functions of the step: nothing else is needed."""
+    checkpoint = policies.newest_checkpoint(run)
+    if checkpoint is None:
+        return 0
+    policy.load_trainable(load_file(checkpoint / "policy.safetensors"))
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    state: dict[int, dict] = {}
+    for i, name in enumerate(policy.trainable()):
+        state[i] = {key.rsplit("|", 1)[1]: value for key, value in moments.items() if key.rsplit("|", 1)[0] == name}
+    optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": optimizer.state_dict()["param_groups"]})
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
+
+
+class Log:
+    """metrics.jsonl and rollouts.jsonl, functions of the run alone, and timing.jsonl, which is not. After a resume no step stands twice."""
+
+    def __init__(self, run: Path, step: int):
+        self.files = {}
+        for name in ("metrics", "rollouts", "timing"):
+            path = run / f"{name}.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            beside = path.with_suffix(".tmp")
+            beside.write_text("".join(whole), encoding="utf-8")
+            beside.replace(path)
+            self.files[name] = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: dict, rollouts: list[Rollout], timing: dict) -> None:
+        step = metrics["step"]
+        samples = [{"step": step, "group": r.group, "id": r.item.id, "question": r.item.question, "options": r.item.options, "gold": r.item.answer, "text": r.text,
+                    "reward": r.reward, "parts": r.parts, "advantage": r.advantage, "correct": r.correct, "finished": r.finished,
+                    "tokens": len(r.completion_ids)} for r in rollouts]
+        for name, rows in (("rollouts", samples), ("timing", [{"step": step} | timing]), ("metrics", [metrics])):
+            self.files[name].write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self.files[name].flush()
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+# --------------------------------------------------------------------------------------------- setting up
+def load_splits(config: Config) -> dict[str, list]:
+    """train, dev and test, no item in two of them; what was dropped is said."""
+    splits = {name: data.load(config.dataset, name, config.data_dir or None, (config.eval_limit if name != "train" else config.limit) or None)
+              for name in data.SPLITS}
+    for name, held_out in (("dev", splits["test"]), ("train", splits["dev"] + splits["test"])):
+        kept = data.without(splits[name], held_out)
+        if len(kept) < len(splits[name]):
+            say(f"{config.dataset}: {len(splits[name]) - len(kept)} items of {name} stand in a held-out split too: dropped from {name}")
+        if not kept:
+            raise UsageError(f"{config.dataset}: no item of {name} is left that is not held out")
+        splits[name] = kept
+    if config.shuffle_options:
+        splits = {name: [data.shuffle_options(item, config.seed) for item in items] for name, items in splits.items()}
+    return splits
+
+
+def first_policy(config: Config, run: Path, splits: dict, results: dict) -> None:
+    """The demo's model: random, taught and spoilt (see `warm_start`), then saved as a model folder in the run."""
+    policy = policies.demo_policy(fold(config.seed, "model"))
+    for name in warm_start(policy, splits["train"], config):
+        if name == "clean":
+            results["clean"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, label="clean warm start ")
+    policy.model.save_pretrained(run / "model")
+    policy.tokenizer.save_pretrained(run / "model")
+
+
+def check_hub(config: Config) -> None:
+    """Before anything large is fetched: is everything here or within reach, and can this machine hold it? Says what will be downloaded and written."""
+    import huggingface_hub
+    cached = lambda repo, name, kind: isinstance(huggingface_hub.try_to_load_from_cache(repo, name, repo_type=kind), str)
+    missing = []
+    if not Path(config.model).is_dir() and not cached(config.model, "config.json", "model"):
+        missing.append((config.model, "--model DIR with a model folder"))
+    if config.dataset in ("medqa", "medqa-4") and not config.data_dir and not cached("bigbio/med_qa", "data_clean.zip", "dataset"):
+        missing.append(("MedQA (132 MB)", "--data-dir DIR with the unpacked data_clean.zip of bigbio/med_qa"))
+    if missing and not data.online():
+        raise UsageError(f"not on this machine, and the hub cannot be reached: {' and '.join(what for what, _ in missing)}. "
+                         f"Connect to the network, or give {' and '.join(way for _, way in missing)}")
+    total, trained = policies.model_size(config.model, 0 if config.full else config.lora)
+    on_cpu = policies.pick_device(config.device) == "cpu"
+    if on_cpu and config.device != "cpu" and total > 1e9:
+        raise UsageError(f"{config.model} has {total / 1e9:.1f} billion weights and there is no GPU: a step would take hours. "
+                         "Give --device cpu if that is meant, or --model DIR with a smaller model")
+    seconds = forecast(config, total, "cpu" if on_cpu else "cuda")
+    say(f"{config.model}: {total / 1e6:,.0f} million weights, {trained / 1e6:,.1f} million trained. "
+        f"To download: {', '.join(what for what, _ in missing) or 'nothing'}{f' (model about {2 * total / 1e9:.1f} GB)' if any(config.model == w for w, _ in missing) else ''}. "
+        f"A checkpoint takes {12 * trained / 1e9:.2f} GB, {config.keep} are kept. Estimated {config.steps * seconds / 3600:.1f} h for {config.steps} steps, evaluation not counted")
+
+
+def forecast(config: Config, total: int, device: str, prompt: int = 350) -> float:
+    """Seconds a step, roughly: matrix products at 40% of the rate measured now, decoding at 50% of the copy bandwidth, completions at their limit."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    side = 4096 if device == "cuda" else 1024
+    x, y = torch.ones(side, side, dtype=dtype, device=device), torch.ones(2**26 if device == "cuda" else 2**24, dtype=dtype, device=device)
+    def seconds(work) -> float:
+        work()
+        start = time.perf_counter()
+        for _ in range(3):
+            out = work()
+        float(out.flatten()[0])                                                               # waits for the GPU
+        return (time.perf_counter() - start) / 3
+    flops, bandwidth = 2 * side**3 / seconds(lambda: x @ x), 2 * y.nbytes / seconds(lambda: y.clone())
+    tokens = config.prompts * (prompt + config.samples * config.max_new)
+    passes = 4 * config.updates + (config.updates * config.minibatches > 1) + bool(config.kl_coef)      # forward, forward again, backward twice; old; reference
+    update = passes * 2 * total * tokens / (.4 * flops)
+    decode = config.max_new * max(total * dtype.itemsize / (.5 * bandwidth), 2 * total * config.prompts * config.samples / (.4 * flops))
+    return update + decode
+
+
+def validate(config: Config) -> None:
+    """Combinations that cannot work, before any model or data is touched."""
+    def refuse(condition: bool, message: str) -> None:
+        if condition:
+            raise UsageError(message)
+    refuse(config.samples < 2, f"--samples {config.samples}: {config.algo} compares the samples of a group, and a group of 1 has nothing to compare; use at least 2")
+    refuse(not config.model and config.dataset != "demo", f"--dataset {config.dataset} needs --model: a Hugging Face folder or hub name")
+    for name in ("prompts", "max_new", "max_prompt", "steps", "updates", "minibatches", "keep"):
+        refuse(getattr(config, name) < 1, f"--{name.replace('_', '-')} must be at least 1")
+    refuse(config.minibatches > config.prompts, f"--minibatches {config.minibatches}: there are only --prompts {config.prompts} groups to divide")
+    refuse(config.temperature <= 0, "--temperature must be above 0 in training: greedy samples of a group are all the same")
+    refuse(config.lora < 1 and not config.full, "--lora 0 trains nothing: use --full to train all weights")
+    refuse(not 0 <= config.w_format <= 1, "--w-format must be between 0 and 1: a format reward above the 1 of a right answer would be the goal")
+    refuse(not 0 < config.overlong_share <= 1, "--overlong-share must be above 0 and at most 1")
+    refuse(config.lr <= 0, "--lr must be above 0")
+    refuse(not 0 <= config.clip_low < 1 or config.clip_high < 0, "--clip-low must be in [0, 1) and --clip-high at least 0")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):                                                            # one line instead of the whole usage
+        raise UsageError(message)
+
+
+def read_flags(argv: list[str] | None) -> tuple[dict, Path | None]:
+    """The flags that were given, by field name, and the folder of --resume."""
+    p = Parser(prog="train.py", description="Reinforcement fine-tuning with verifiable rewards. Without flags: the demo.", allow_abbrev=False)
+    p.add_argument("--resume", metavar="RUN", help="go on with a run where its newest checkpoint stands; of the flags only --steps and --device may change")
+    for f in fields(Config):
+        options = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {"type": type(f.default), "choices": f.metadata["choices"]}
+        p.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default {f.default!r})", **options)
+    args, unknown = p.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        if flag in ("--top-p", "--top-k"):
+            raise UsageError(f"{flag} is not for training: tokens that the sampler never draws would still have probability in the loss")
+        close = difflib.get_close_matches(flag, [option for action in p._actions for option in action.option_strings], 1)
+        raise UsageError(f"unknown flag {unknown[0]}" + (f": did you mean {close[0]}?" if close else ": see --help"))
+    given = vars(args)
+    resume = given.pop("resume")
+    return given, Path(resume) if resume else None
+
+
+def make_config(given: dict) -> Config:
+    """The algorithm's row, then the data set's defaults, then the flags."""
+    dataset, algo = given.get("dataset", Config.dataset), given.get("algo", Config.algo)
+    return Config(**(ALGOS[algo] | DEFAULTS.get(dataset, {}) | given))
+
+
+def resumed_config(run: Path, given: dict) -> Config:
+    saved = policies.read_run(str(run))
+    if not saved:
+        raise UsageError(f"--resume {run}: there is no run.json; a run folder is what --out named")
+    changed = [name for name, value in given.items() if name not in ("steps", "device", "out") and value != saved[name]]
+    if changed:
+        name = changed[0]
+        raise UsageError(f"--resume {run}: that run has --{name.replace('_', '-')} {saved[name]!r}, not {given[name]!r}; start a new run to change it")
+    return Config(**(saved | given | {"out": str(run)}))
+
+
+def next_free(config: Config) -> str:
+    stem = f"runs/{Path(config.dataset).stem}-{config.algo}"
+    return next(path for n in range(1, 10**6) if not Path(path := f"{stem}-{n}").exists())
+
+
+def main(argv: list[str] | None = None) -> None:
+    began = time.perf_counter()
+    transformers.logging.set_verbosity_error()
+    given, resume = read_flags(argv)
+    config = resumed_config(resume, given) if resume else make_config(given)
+    validate(config)
+    run = Path(config.out or next_free(config))
+    if run.exists() and not resume:
+        raise UsageError(f"--out {run} exists: go on with it by --resume {run}, or name another folder")
+    config.device, config.out = policies.pick_device(config.device) if config.dataset == "demo" else config.device, str(run)
+    if config.model:
+        check_hub(config)
+    splits = load_splits(config)
+    facts = {"config": asdict(config), "data": {name: data.set_fingerprint(items) for name, items in splits.items()},
+             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    if resume:
+        saved = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        if saved["data"] != facts["data"]:
+            raise UsageError(f"--resume {run}: the data set is not the one that this run began with")
+    results = json.loads((run / "eval.json").read_text(encoding="utf-8")) if resume and (run / "eval.json").exists() else {}
+    if not config.model and not (run / "model" / "config.json").exists():
+        first_policy(config, run, splits, results)
+    policy = Policy.load(policies.base_model(run, asdict(config)), policies.pick_device(config.device), checkpointing=config.checkpointing,
+                         keep_reference=config.kl_coef > 0, **policies.policy_settings(asdict(config)))
+    splits = {name: evaluation.fitting(policy, items, config, f"{name}: ") for name, items in splits.items()}
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "run.json", facts)
+    print(f"run folder {run}", file=sys.stderr)
+    if "before" not in results:
+        results["before"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, label="before ")
+        write_json(run / "eval.json", results)
+        say(f"before: {evaluation.as_line(results['before'])}")
+    train(config, run, policy, splits)
+    results["after"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, label="after ")
+    write_json(run / "eval.json", results)
+    say(f"after: {evaluation.as_line(results['after'])}")
+    before, after = results["before"], results["after"]
+    shown = lambda r: f"{r['accuracy']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}]" + (f" (sampled {r['sampled_accuracy']:.3f})" if "sampled_accuracy" in r else "")
+    print(f"{run}: accuracy {shown(before)} -> {shown(after)}, n {after['n']}, {time.perf_counter() - began:.0f} s")
+
+
+def write_json(path: Path, content: dict) -> None:
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("train.py: interrupted; --resume RUN goes on from the newest checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
