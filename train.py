@@ -289,7 +289,7 @@ def say(message: str) -> None:
 
 
 # --------------------------------------------------------------------------------- the demo's warm start
-def warm_start(policy: Policy, items: list, config: Config, clean_steps: int = 1200, diluted_steps: int = 60):
+def warm_start(policy: Policy, items: list, config: Config, clean_steps: int = 1500, diluted_steps: int = 60):
     """Make the demo's stand-in for a base model; returns after the clean part once (for its evaluation), then at the end.
 
     Reinforcement learning brings out what a model can do now and then. So the random model is first taught the task, cleanly, and then spoilt
@@ -297,12 +297,13 @@ def warm_start(policy: Policy, items: list, config: Config, clean_steps: int = 1
     """
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=2.5e-3)
     rng = random.Random(f"warm {config.seed}")
+    prompts = {item.id: policy.prompt(item) for item in items}
     for step in tqdm(range(clean_steps + diluted_steps), desc="warm start", unit="step", leave=False, disable=None):
         if step == clean_steps:
             yield "clean"
         diluted = step >= clean_steps
-        decay = min(1.0, 2 * (1 - step / clean_steps))                                        # constant, then linear to 0 in the second half
-        optimizer.param_groups[0]["lr"] = 1e-3 if diluted else 2.5e-3 * decay
+        schedule = min((step + 1) / 20, 1.0, 2 * (1 - step / clean_steps))                    # warm-up, constant, linear to 0 in the second half
+        optimizer.param_groups[0]["lr"] = 1e-3 if diluted else 2.5e-3 * schedule
         rollouts = []
         for item in data.batch_for_step(items, step, 32, f"warm {config.seed}"):
             if diluted and rng.random() > .25:
@@ -311,7 +312,7 @@ def warm_start(policy: Policy, items: list, config: Config, clean_steps: int = 1
             if diluted and rng.random() > .7:
                 words.pop(rng.randrange(len(words)))
             ids = policy.tokenizer(" ".join(words)).input_ids + policy.eos_ids[:1]
-            rollouts.append(Rollout(item, len(rollouts), policy.prompt(item), ids, [], True))
+            rollouts.append(Rollout(item, len(rollouts), prompts[item.id], ids, [], True))
         batch = collate(rollouts, policy.device)
         (-policy.score(batch).logps.sum() / batch.mask.sum()).backward()
         torch.nn.utils.clip_grad_norm_(list(policy.trainable().values()), 1.0)
