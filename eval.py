@@ -129,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    policies.quiet()
     for path in filter(None, (args.json, args.answers)):                      # before an hour of sampling, not after
         if not Path(path).resolve().parent.is_dir():
             raise UsageError(f"the folder of {path} does not exist")

@@ -128,7 +128,7 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
     asks for*. clip_high > clip_low is DAPO's clip-higher (arXiv 2503.14476, section 3.1). ratio="sequence" is GSPO (arXiv 2507.18071,
     eq. 7): rho is the geometric mean over the row's tokens. dual_clip=c bounds the loss of a negative advantage at c |A| (arXiv 1912.09729).
     On the first update rho = 1, so the *value* is about -mean(A) = 0, while the gradient is REINFORCE's: a loss of 0 is no sign of a fault.
-    stats: clipped_low, clipped_high (weighted share of clipped terms times N-row weight), ratio_max; sums over micro-batches add up.
+    stats: clipped_low, clipped_high (the weights of the clipped tokens), max_ratio; sums over micro-batches add up.
 
     >>> lp = torch.log(torch.tensor([[.6], [.6]])); old = torch.log(torch.tensor([[.4], [.4]]))      # rho = 1.5
     >>> A, m, w = torch.tensor([1., -1.]), torch.ones(2, 1).bool(), torch.tensor([.5, .5])
@@ -152,7 +152,7 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
     with torch.no_grad():
         stats = {"clipped_low": (per_token * ((rho < 1 - clip_low) & (advantages < 0))).sum(),
                  "clipped_high": (per_token * ((rho > 1 + clip_high) & (advantages > 0))).sum(),
-                 "ratio_max": rho.max() if rho.numel() else loss.detach() * 0 + 1}
+                 "max_ratio": rho.max() if rho.numel() else loss.detach() * 0 + 1}
     return loss, stats
 
 

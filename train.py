@@ -526,7 +526,7 @@ def next_free(config: Config) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
-    transformers.logging.set_verbosity_error()
+    policies.quiet()
     given, resume = read_flags(argv)
     config = resumed_config(resume, given) if resume else make_config(given)
     validate(config)

@@ -1,0 +1,41 @@
+"""Tiny random models, made in code: no network, no GPU, seconds."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import policy as policies
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def demo():
+    """A random policy on the demo's words. Its logits are widened: at initialisation every token would be about equally likely."""
+    policy = policies.demo_policy(0)
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(3)
+    return policy
+
+
+@pytest.fixture
+def items():
+    """Five demo items with prompts of different lengths."""
+    found = data.load("demo", "train")[:40]
+    assert len({len(item.question.split()) for item in found}) > 1
+    return [found[i] for i in (0, 3, 5, 8, 12)]
+
+
+@pytest.fixture(scope="session")
+def medqa_dir():
+    if not SHARED.is_dir():
+        pytest.skip("the sample of real data is not here")
+    return str(SHARED)

@@ -1,0 +1,261 @@
+"""The loop: one gradient whatever the micro-batch, a resumed run that is the same run, faults that stay outside the weights, and the command line."""
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import eval as evaluation
+import policy as policies
+import train
+from data import UsageError
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A model folder: a demo policy that has been taught a little, so that its rewards differ."""
+    path = tmp_path_factory.mktemp("model")
+    policy = policies.demo_policy(0)
+    config = replace(train.Config(), **train.DEFAULTS["demo"])
+    for _ in train.warm_start(policy, data.load("demo", "train")[:200], config, clean_steps=40, diluted_steps=2):
+        pass
+    policy.model.save_pretrained(path)
+    policy.tokenizer.save_pretrained(path)
+    return str(path)
+
+
+FAST = ["--steps", "6", "--prompts", "4", "--samples", "4", "--eval-limit", "12", "--eval-samples", "1", "--eval-every", "2", "--save-every", "1", "--warmup", "2"]
+
+
+def run(model_dir, out, *flags):
+    train.main(["--model", model_dir, "--out", str(out), *FAST, *flags])
+    return out
+
+
+def artefacts(out: Path) -> dict:
+    newest = policies.newest_checkpoint(out)
+    return {"weights": (newest / "policy.safetensors").read_bytes(), "optimizer": (newest / "optimizer.safetensors").read_bytes(),
+            **{name: (out / name).read_text() for name in ("metrics.jsonl", "rollouts.jsonl", "eval.json")}}
+
+
+@pytest.mark.parametrize("flags", [["--full", "--kl-coef", "0.02", "--updates", "2", "--minibatches", "2"], ["--no-full", "--lora", "4", "--algo", "dapo"]])
+def test_a_resumed_run_is_the_same_run(model_dir, tmp_path, flags):
+    whole = run(model_dir, tmp_path / "whole", *flags)
+    half = run(model_dir, tmp_path / "half", *flags, "--steps", "3")
+    with (half / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 4, "reward"')                                       # as a kill in the middle of a line would leave it
+    train.main(["--resume", str(half), "--steps", "6"])
+    assert artefacts(half) == artefacts(whole)
+    assert [json.loads(line)["step"] for line in (half / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(model_dir, tmp_path, capsys):
+    whole = run(model_dir, tmp_path / "run")
+    expected = artefacts(whole)
+    newest = whole / "checkpoints" / "000006" / "policy.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\x55")
+    train.main(["--resume", str(whole)])
+    assert "000006 is damaged" in capsys.readouterr().err and artefacts(whole) == expected
+
+
+def test_eval_of_a_run_repeats_its_own_numbers(model_dir, tmp_path):
+    out = run(model_dir, tmp_path / "run", "--no-full")
+    evaluation.main([str(out), "--limit", "12", "--samples", "1", "--json", str(tmp_path / "e.json"), "--answers", str(tmp_path / "a.jsonl")])
+    result, recorded = json.loads((tmp_path / "e.json").read_text()), json.loads((out / "eval.json").read_text())["after"]
+    assert {name: result[name] for name in recorded} == recorded and recorded["n"] == 12
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert len(rows) == 24 and sum(row["correct"] for row in rows if row["greedy"]) / 12 == result["accuracy"]
+
+
+def test_batching_changes_no_evaluation(model_dir):
+    policy = policies.Policy.load(model_dir, lora=0)
+    config, items = replace(train.Config(), **train.DEFAULTS["demo"]), data.load("demo", "test")[:20]
+    texts = [[r.text for r in evaluation.answer(policy, items, config, n=2, temperature=1.0, rows=rows)] for rows in (2, 7, 100)]
+    assert texts[0] == texts[1] == texts[2]
+
+
+# --------------------------------------------------------------------------------------------------- update
+def rollouts_for(policy, config):
+    rollouts, _ = train.collect(policy, data.load("demo", "train"), config, 0)
+    for i, r in enumerate(rollouts):
+        r.reward = float(i % 3 == 0) - .1 * (i % 5)                            # any rewards that differ within groups
+    train.set_advantages(rollouts, config)
+    return rollouts
+
+
+class Recorder:
+    """An optimiser that only keeps the gradients it is shown."""
+    def __init__(self, policy):
+        self.policy, self.seen = policy, []
+
+    def step(self):
+        self.seen.append(torch.cat([p.grad.flatten() for p in self.policy.trainable().values()]).clone())
+
+    def zero_grad(self, set_to_none=True):
+        self.policy.model.zero_grad()
+
+
+CONFIG = replace(train.Config(), **train.DEFAULTS["demo"] | dict(prompts=4, samples=4, max_grad_norm=1e9))
+
+
+@pytest.mark.parametrize("algo", list(train.ALGOS))
+def test_micro_batches_and_order_cannot_change_the_gradient(algo, model_dir):
+    config = replace(CONFIG, **train.ALGOS[algo] | dict(dynamic=False))
+    policy = policies.Policy.load(model_dir, lora=0, keep_reference=True)
+    rollouts = rollouts_for(policy, config)
+    assert len({len(r.completion_ids) for r in rollouts}) > 1
+    gradients, metrics = [], []
+    for micro, order in ((0, range(16)), (1, range(16)), (2, range(16)), (3, range(16)), (0, [*range(8, 16), *range(7, -1, -1)])):
+        recorder = Recorder(policy)
+        metrics.append(train.update(policy, recorder, [rollouts[i] for i in order], replace(config, micro_batch=micro), 0))
+        gradients += recorder.seen
+    assert gradients[0].norm() > 0
+    for gradient, values in zip(gradients[1:], metrics[1:]):
+        assert (gradient - gradients[0]).norm() / gradients[0].norm() < 1e-6
+        assert values == pytest.approx(metrics[0], abs=1e-5)
+
+
+def test_kl_is_positive_away_from_the_reference_and_the_update_reduces_it(model_dir):
+    policy = policies.Policy.load(model_dir, lora=0, keep_reference=True)
+    with torch.no_grad():
+        policy.model.lm_head.weight.add_(torch.randn(policy.model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)) * .05)
+    config = replace(CONFIG, kl_coef=1.0, kl="k2", prompts=8, max_grad_norm=1.0)
+    rollouts, _ = train.collect(policy, data.load("demo", "train"), config, 0)                   # advantages stay 0: only the KL acts
+    optimizer = torch.optim.SGD(policy.trainable().values(), lr=.02)
+    kls = [train.update(policy, optimizer, rollouts, config, 0)["kl"] for _ in range(5)]
+    assert 0 < kls[-1] < kls[0]
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(model_dir, capsys):
+    policy = policies.Policy.load(model_dir, lora=0)
+    rollouts = rollouts_for(policy, CONFIG)
+    rollouts[3].advantage = float("nan")
+    before = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    train.update(policy, torch.optim.AdamW(policy.trainable().values(), lr=.1), rollouts, CONFIG, 41)
+    assert all(torch.equal(before[name], p) for name, p in policy.trainable().items())
+    assert "step 42" in capsys.readouterr().err
+
+
+def test_gradients_are_clipped_and_logged_before(model_dir):
+    policy = policies.Policy.load(model_dir, lora=0)
+    recorder = Recorder(policy)
+    metrics = train.update(policy, recorder, rollouts_for(policy, CONFIG), replace(CONFIG, max_grad_norm=1e-3), 0)
+    assert float(recorder.seen[0].norm()) == pytest.approx(1e-3, rel=1e-3) and metrics["grad_norm"] > 1e-2
+
+
+def test_dapo_drops_equal_groups_refills_and_counts(model_dir, capsys):
+    policy = policies.Policy.load(model_dir, lora=0)
+    config = replace(CONFIG, dynamic=True, refills=2, prompts=6)
+    rollouts, counts = train.collect(policy, data.load("demo", "train"), config, 0)
+    groups = [rollouts[i:i + 4] for i in range(0, len(rollouts), 4)]
+    assert all(len({r.correct for r in g}) == 2 and len({r.group for r in g}) == 1 for g in groups)
+    assert [g[0].group for g in groups] == list(range(len(groups))) and counts["groups_unfilled"] == 6 - len(groups)
+    assert counts["groups_dropped"] >= 6 - len(groups)
+    none, counts = train.collect(policy, [replace(data.load("demo", "train")[0], answer="")], replace(config, prompts=2), 0)      # never right
+    assert none == [] and counts == {"groups_dropped": 6, "groups_unfilled": 2} and "skipped" in capsys.readouterr().err
+
+
+def test_same_seed_same_first_samples(model_dir):
+    texts = [[r.completion_ids for r in train.collect(policies.Policy.load(model_dir, lora=4), data.load("demo", "train"), CONFIG, 5)[0]] for _ in range(2)]
+    assert texts[0] == texts[1]
+    other = [r.completion_ids for r in train.collect(policies.Policy.load(model_dir, lora=4), data.load("demo", "train"), CONFIG, 6)[0]]
+    assert other != texts[0]
+
+
+# --------------------------------------------------------------------------------------------- command line
+@pytest.mark.parametrize("flags, words", [
+    (["--setps", "3"], "--steps"), (["--samples", "1"], "group of 1"), (["--top-p", "0.9"], "--top-p"), (["--algo", "gpro"], "choose from"),
+    (["--dataset", "nothing"], "--model"), (["--temperature", "0"], "above 0"), (["--w-format", "2"], "--w-format"), (["--minibatches", "99"], "99"),
+    (["--device", "cuda"], "cuda"), (["--lora", "0", "--no-full"], "--full"), (["--steps", "x"], "invalid int"), (["--resume", "/nowhere"], "run.json"),
+    (["--max-prompt", "5"], "--max-prompt 5")])
+def test_mistakes_get_one_line(flags, words, tmp_path, model_dir):
+    if "--max-prompt" in flags:
+        flags = flags + ["--model", model_dir]
+    if flags == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UsageError) as error:
+        train.main([*flags] if "--resume" in flags else [*flags, "--out", str(tmp_path / "run")])
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_exit_code_2_and_no_traceback(tmp_path):
+    for script, flags in (("train.py", ["--samples", "1"]), ("eval.py", [str(tmp_path), "--dataset", "demo"])):
+        done = subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_not_overwritten_and_a_resume_changes_nothing_else(model_dir, tmp_path):
+    out = run(model_dir, tmp_path / "run", "--steps", "1")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="--resume"):
+        run(model_dir, out)
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    for flags, words in ((["--model", str(other)], "--model"), (["--lr", "0.5"], "--lr")):
+        with pytest.raises(UsageError, match=words):
+            train.main(["--resume", str(out), *flags])
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_resume_with_other_data_is_refused(model_dir, tmp_path):
+    rows = [{"question": f"a man has crackles . which diagnosis ? {i}", "options": ["gout", "asthma"], "answer": "A"} for i in range(60)]
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = run(model_dir, tmp_path / "run", "--dataset", str(mine), "--steps", "1")
+    mine.write_text("".join(json.dumps(row | {"answer": "B"}) + "\n" for row in rows))
+    with pytest.raises(UsageError, match="data set"):
+        train.main(["--resume", str(out)])
+
+
+def test_flags_beat_defaults_and_defaults_beat_the_algorithm():
+    config = train.make_config({"dataset": "medqa", "algo": "dapo", "clip_high": .3})
+    assert (config.clip_high, config.dynamic, config.weights, config.template) == (.3, True, "token", "plain")
+    assert train.make_config({"algo": "grpo", "dataset": "demo"}).kl_coef == 0 and train.make_config({"algo": "grpo", "dataset": "medqa"}).kl_coef == .04
+    assert train.Config().reward == "med-rlvr"
+
+
+def test_medqa_offline_says_both_ways_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(data, "online", lambda: False)
+    with pytest.raises(UsageError) as error:
+        train.main(["--dataset", "medqa", "--out", str(tmp_path / "run")])
+    assert "--model DIR" in str(error.value) and "--data-dir DIR" in str(error.value)
+
+
+def test_a_large_model_without_a_gpu_is_refused_before_anything_is_fetched(monkeypatch, tmp_path, medqa_dir):
+    """Only the config is read: of a folder with the shape of Qwen2.5-3B and no weights."""
+    from transformers import Qwen2Config
+    Qwen2Config(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+                tie_word_embeddings=True).save_pretrained(tmp_path / "m")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = ["--dataset", "medqa", "--model", str(tmp_path / "m"), "--data-dir", medqa_dir, "--out", str(tmp_path / "run")]
+    with pytest.raises(UsageError, match="3.1 billion.*--device cpu"):
+        train.main(flags)
+    with pytest.raises(UsageError, match="cannot load"):                      # allowed on demand: then the weights are what is missing
+        train.main([*flags, "--device", "cpu"])
+
+
+def test_importing_has_no_side_effect(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data, rewards, policy, grpo, train, eval"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == done.stderr == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["grpo", "dapo"])
+def test_the_demo_learns(algo, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--algo", algo, "--out", tmp_path / "run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert result["before"]["sampled_accuracy"] <= .35 and result["after"]["sampled_accuracy"] >= .85 and result["after"]["accuracy"] >= .90
+    assert result["after"]["n"] >= 200 and done.stdout.count("\n") == 1 and str(tmp_path / "run") in done.stdout
