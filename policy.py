@@ -215,29 +215,32 @@ def refuse_unserved(config) -> None:
 
 # ------------------------------------------------------------------------------------------------- LoRA
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / rank) B A x (arXiv 2106.09685): W frozen, A [rank, in] and B [out, rank] trained in fp32; B starts at 0."""
+    """y = W x + (alpha / rank) B A x (arXiv 2106.09685): W frozen, A [rank, in] and B [out, rank] trained in fp32; B starts at 0.
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, switch: dict, generator: torch.Generator):
+    It can hold several pairs by name, "policy" and a critic's or a frozen reference's; `switch["adapters"]` names the one in force, or None.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, switch: dict, names: list[str], generator: torch.Generator):
         super().__init__()
         self.base, self.scale, self.switch = base, alpha / rank, switch
-        bound = base.in_features ** -.5
-        self.A = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator).to(base.weight.device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        bound, device = base.in_features ** -.5, base.weight.device
+        self.A = nn.ParameterDict({name: torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator).to(device) for name in names})
+        self.B = nn.ParameterDict({name: torch.zeros(base.out_features, rank, device=device) for name in names})
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if not self.switch["adapters"]:
+        y, name = self.base(x), self.switch["adapters"]
+        if name is None:
             return y
-        return y + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+        return y + self.scale * F.linear(F.linear(x, self.A[name].to(x.dtype)), self.B[name].to(x.dtype))
 
 
-def add_lora(decoder: nn.Module, rank: int, alpha: float, targets: str, switch: dict, seed: int) -> int:
+def add_lora(decoder: nn.Module, rank: int, alpha: float, targets: str, switch: dict, names: list[str], seed: int) -> int:
     """Replace the decoder's linear layers by LoRALinear: all, or those whose name stands in the comma list. Returns how many."""
     generator = torch.Generator().manual_seed(seed)
     found = [(parent, name, child) for parent in decoder.modules() for name, child in parent.named_children()
              if isinstance(child, nn.Linear) and (targets == "all" or name in targets.split(","))]
     for parent, name, child in found:
-        setattr(parent, name, LoRALinear(child, rank, alpha, switch, generator))
+        setattr(parent, name, LoRALinear(child, rank, alpha, switch, names, generator))
     return len(found)
 
 
@@ -246,16 +249,26 @@ class Policy:
     """A model, its tokenizer, and what is trained of it. Made by `Policy.load`, `open_policy` (a run folder too) or `demo_policy`."""
 
     def __init__(self, model, tokenizer, *, lora: int = 16, lora_alpha: float | None = None, lora_targets: str = "all", template: str = "auto",
-                 stop_answer: str = "auto", checkpointing: bool = False, keep_reference: bool = False, head_chunk: int = 512, seed: int = 0):
+                 stop_answer: str = "auto", checkpointing: bool = False, keep_reference: bool = False, critic: str = "", head_chunk: int = 512,
+                 seed: int = 0, init: dict[str, Tensor] | None = None):
         self.model, self.tokenizer, self.head_chunk = model.requires_grad_(lora == 0).eval(), tokenizer, head_chunk
-        self.device, self.switch, self.checkpointing = model.device, {"adapters": True}, checkpointing
+        self.device, self.switch, self.checkpointing = model.device, {"adapters": "policy" if lora else None}, checkpointing
         without_dropout(model)
-        if lora and not add_lora(model.get_decoder(), lora, lora_alpha or 2 * lora, lora_targets, self.switch, seed):
+        names = ["policy"] + ["reference"] * (init is not None) + ["critic"] * (critic == "lora")
+        if lora and not add_lora(model.get_decoder(), lora, lora_alpha or 2 * lora, lora_targets, self.switch, names, seed):
             raise UsageError(f"no linear layer of this model is named {lora_targets!r}: see --lora-targets")
+        self.critic, self.value_head = critic, None
+        if critic:
+            self.value_head = nn.Linear(model.config.get_text_config(decoder=True).hidden_size, 1, device=model.device)     # fp32
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+        if init is not None:
+            self._start_from(init)
         self.frozen = copy.deepcopy(model).requires_grad_(False) if keep_reference and not lora else None
         if checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable(gradient_checkpointing_kwargs={"use_reentrant": False}) if enable.__name__.startswith("gradient") else enable()
+            # The layers run again in the backward pass, when other adapters may be in force: each remembers its own.
+            enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._adapters(self.switch["adapters"]))})
         self.chat = template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
         if self.chat and not tokenizer.chat_template:
             raise UsageError("this model's tokenizer has no chat template: use --template plain")
@@ -397,8 +410,11 @@ class Policy:
         return Rollout(item, group, prompt_ids, ids[:n], logps[:n], finished=bool(ends), text=self.tokenizer.decode(ids[:n], skip_special_tokens=True))
 
     # -- scoring
-    def score(self, batch: Batch, temperature: float = 1.0) -> Scores:
-        """Log-probs of the completions under the policy, with gradient where it is enabled. The prompt is computed once for its G completions."""
+    def score(self, batch: Batch, temperature: float = 1.0, values_too: bool = True) -> Scores:
+        """Log-probs of the completions under the policy, with gradient where it is enabled, and the critic's values where there is one.
+
+        The value of token t is the critic's expectation before that token is seen. The prompt is computed once for its G completions.
+        """
         P, L = batch.prompt_ids.shape
         _, G, T = batch.completion_ids.shape
         fed = batch.completion_ids[:, :, :T - 1]                                                  # nothing is predicted from the last token
@@ -407,13 +423,30 @@ class Policy:
         own = batch.prompt_mask.sum(1)[:, None] + torch.arange(T - 1, device=ids.device)          # [P, T-1]: from the prompt's own length on
         positions = torch.cat([prompt_positions, own.repeat(1, G)], 1)
         self.model.train(self.checkpointing and torch.is_grad_enabled())
+        layout = Packed(batch.prompt_mask, G, T - 1)
+        def predicting(h):                                                                        # [P, L + G*(T-1), D] -> [P, G, T, D], row t predicts token t
+            last = h[:, None, L - 1:L].expand(P, G, 1, -1)                                        # the prompt's last: every completion's first token
+            return torch.cat([last, h[:, L:].unflatten(1, (G, T - 1))], 2)
         with self._autocast():
-            hidden = self._hidden(ids, positions, Packed(batch.prompt_mask, G, T - 1))
-            last = hidden[:, None, L - 1:L].expand(P, G, 1, -1)                                   # predicts every completion's first token
-            hidden = torch.cat([last, hidden[:, L:].unflatten(1, (G, T - 1))], 2)                 # [P, G, T, D]: row t predicts token t
+            hidden = predicting(self._hidden(ids, positions, layout))
             logps, entropy = self._token_logps(hidden[batch.mask], batch.completion_ids[batch.mask], temperature)
+            values = None
+            if self.critic and values_too:
+                if self.critic == "lora":
+                    with self._adapters("critic"):
+                        hidden = predicting(self._hidden(ids, positions, layout))
+                seen = hidden if self.critic == "lora" else hidden.detach()                       # "head": reads the policy's states, never moves them
+                values = self.value_head(seen[batch.mask].float())[:, 0]
         spread = lambda x: torch.zeros(P, G, T, device=ids.device).masked_scatter(batch.mask, x)  # [sum len] -> [P, G, T]
-        return Scores(spread(logps), spread(entropy), None)
+        return Scores(spread(logps), spread(entropy), spread(values) if values is not None else None)
+
+    @contextmanager
+    def _adapters(self, name: str | None):
+        before, self.switch["adapters"] = self.switch["adapters"], name
+        try:
+            yield
+        finally:
+            self.switch["adapters"] = before
 
     def _token_logps(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """log pi(target) and the entropy, in fp32 and by chunks. hidden [M, D], targets [M] -> [M], [M]
@@ -437,20 +470,36 @@ class Policy:
     def reference(self):
         """Within it, this policy is the frozen reference: its adapters off, or the copy made at load. Restored whatever happens."""
         model, adapters = self.model, self.switch["adapters"]
+        layer = next((m for m in model.modules() if isinstance(m, LoRALinear)), None)
         try:
             if self.frozen is not None:
                 self.model = self.frozen
-            elif not any(isinstance(m, LoRALinear) for m in model.modules()):
+            elif layer is None:
                 raise ValueError("no reference: all weights are trained and no copy was kept (keep_reference=True)")
-            self.switch["adapters"] = False
+            self.switch["adapters"] = "reference" if layer is not None and "reference" in layer.A else None
             yield self
         finally:
             self.model, self.switch["adapters"] = model, adapters
 
     # -- weights
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """What the optimiser moves and a checkpoint holds, by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+    def trainable(self, part: str = "") -> dict[str, nn.Parameter]:
+        """What the optimiser moves and a checkpoint holds, by name. part: "policy" or "critic" for only that."""
+        named = [*self.model.named_parameters(), *([(f"value_head.{n}", p) for n, p in self.value_head.named_parameters()] if self.critic else [])]
+        of_critic = lambda name: name.startswith("value_head.") or name.endswith(".critic")
+        return {name: p for name, p in named if p.requires_grad and (not part or of_critic(name) == (part == "critic"))}
+
+    @torch.no_grad()
+    def _start_from(self, tensors: dict[str, Tensor]) -> None:
+        """Begin at another run's policy (not its critic), and keep that as the frozen reference."""
+        mine = self.trainable("policy")
+        theirs = {name: t for name, t in tensors.items() if name in mine}
+        if any(name not in theirs or theirs[name].shape != p.shape for name, p in mine.items() if not name.endswith(".reference")):
+            raise UsageError("--init: those weights belong to another model, or to another LoRA rank or targets")
+        for name, p in mine.items():
+            if name.endswith(".reference"):
+                p.copy_(theirs[name.removesuffix("reference") + "policy"]).requires_grad_(False)
+            else:
+                p.copy_(theirs[name])
 
     @torch.no_grad()
     def load_trainable(self, tensors: dict[str, Tensor]) -> None:
@@ -595,7 +644,8 @@ def open_policy(path: str, device: str, **kwargs) -> tuple[Policy, dict]:
     if checkpoint is None:
         raise UsageError(f"{path} is a run without a finished checkpoint: resume it with train.py --resume {path}")
     policy = Policy.load(base_model(path, config), device, **(policy_settings(config) | kwargs))
-    policy.load_trainable(load_file(checkpoint / "policy.safetensors"))
+    tensors = load_file(checkpoint / "policy.safetensors")
+    policy.load_trainable({name: tensors[name] for name in policy.trainable() if name in tensors})            # without the critic
     return policy, config
 
 

@@ -110,6 +110,55 @@ def match_option(answer: str | None, options: tuple[str, ...]) -> str:
     return ""
 
 
+# ----------------------------------------------------------------------------------------------------- stages
+STAGES = ("format failure", "verbose formatter", "concise structurer", "direct answer hacker", "step-by-step exploit", "reintegrated reasoning")
+BEFORE_WORDS = 15           # more words than this in front of <think> is reasoning moved out (threshold of arXiv 2509.15557's notebook)
+SHORT_WORDS = 30            # a think block below this is "drastically short"; our choice, the paper gives no numbers
+VERBOSE_TOKENS = 256        # a completion above this is "needlessly long"; our choice
+
+
+def gives_away(parsed: Parsed, item) -> bool:
+    """The think block is short and already names the answer that follows: its option's text, or "answer is B" / a lone letter at its end."""
+    words = parsed.think.split()
+    if len(words) >= SHORT_WORDS or not parsed.answer:
+        return False
+    think = normal(" ".join(words)).casefold()
+    for letter in match_option(parsed.answer, item.options):
+        text = normal(item.options[LETTERS.index(letter)]).casefold()
+        if f" {text} " in f" {think} " or re.search(rf"(?:^|\b(?:answer|option|choice|is)\s*:?\s*)\(?{letter.lower()}\)?$", think):
+            return True
+    return False
+
+
+def stage(parsed: Parsed, item, n_tokens: int) -> str:
+    """Which of Med-RLVR's six stages (section 4.2.1) a completion looks like. The paper names them in words only; rules and thresholds are our choice.
+
+    format failure          not well formed: short outputs that miss the format
+    step-by-step exploit    well formed, but the step-by-step text stands in front of <think>: that earned reward all the same
+    direct answer hacker    a think block of under 30 words that gives the answer away: thinking has shrunk to the answer
+    verbose formatter       well formed and longer than 256 tokens: the format is followed, needlessly long
+    concise structurer      well formed, under 30 words of thinking that do not give the answer away: concise reasoning
+    reintegrated reasoning  the rest: 30 words or more inside <think>, not verbose: reasoning is back where it belongs
+    The rules are asked in this order. From one completion, stages 3 and 6 differ in length only; the paper tells them apart by what came before.
+
+    >>> from types import SimpleNamespace as Item
+    >>> item = Item(options=("asthma", "gout"))
+    >>> stage(parse("<think> it is gout </think> <answer> B </answer>"), item, 9)
+    'direct answer hacker'
+    >>> stage(parse("<think> a swollen red toe and high urate </think> <answer> B </answer>"), item, 15)
+    'concise structurer'
+    """
+    if not parsed.well_formed:
+        return "format failure"
+    if len(parsed.before.split()) > BEFORE_WORDS:
+        return "step-by-step exploit"
+    if gives_away(parsed, item):
+        return "direct answer hacker"
+    if n_tokens > VERBOSE_TOKENS:
+        return "verbose formatter"
+    return "concise structurer" if len(parsed.think.split()) < SHORT_WORDS else "reintegrated reasoning"
+
+
 # ------------------------------------------------------------------------------------------------------ grade
 @dataclass(frozen=True)
 class Grade:
@@ -128,7 +177,8 @@ def weights(config) -> dict[str, float]:
         chosen = {"accuracy": 1.0, "format": config.w_format}
     else:
         raise ValueError(f"no reward named {config.reward!r}: med-rlvr, acc-format")
-    return chosen | {"overlong": -config.w_overlong}
+    guards = {"leak": -config.w_leak, "before": -config.w_before, "short": -config.w_short, "overlong": -config.w_overlong}
+    return chosen | {name: weight for name, weight in guards.items() if weight}
 
 
 def grade(item, text: str, config, finished: bool = True, n_tokens: int | None = None) -> Grade:
@@ -136,6 +186,9 @@ def grade(item, text: str, config, finished: bool = True, n_tokens: int | None =
 
     parts, each in [0, 1]:  accuracy   the gold option is named (under med-rlvr: in a well-formed completion)
                             format     well formed (strict=True: and nothing outside the two blocks);  malformed = 1 - format
+                            leak       the think block is very short and gives the answer away (stage 4; cf. arXiv 2509.15557's penalty on answer phrases)
+                            before     more than 15 words stand in front of <think> (stage 5; the structural penalty of arXiv 2509.15557)
+                            short      1 - words of reasoning / min_think: too little reasoning (an outlook of Med-RLVR)
                             truncated  cut at the token limit. No reward part: a complete right answer before the cut counts.
                             overlong   DAPO's soft penalty (arXiv 2503.14476, section 3.4): 0 until overlong_share of max_new is left, then rising to 1
     The direct and chain-of-thought prompts ask for no think block: there, one answer block is the form.
@@ -150,6 +203,8 @@ def grade(item, text: str, config, finished: bool = True, n_tokens: int | None =
     counts = correct and (formed or config.reward != "med-rlvr")
     buffer = config.overlong_share * config.max_new                           # DAPO: the last 4,096 of 20,480 tokens
     parts = {"accuracy": float(counts), "format": float(formed), "malformed": float(not formed), "truncated": float(not finished),
+             "leak": float(formed and gives_away(parsed, item)), "before": float(len(parsed.before.split()) > BEFORE_WORDS and bool(parsed.think)),
+             "short": max(0.0, 1 - len(parsed.think.split()) / config.min_think) if config.min_think else 0.0,
              "overlong": min(max(((n_tokens or 0) - config.max_new + buffer) / buffer, 0.0), 1.0) if buffer else 0.0}
     total = sum(weight * parts[name] for name, weight in weights(config).items())
     return Grade(total, parts, parsed, correct, item.answer if correct else named[:1])

@@ -50,6 +50,7 @@ class Config:
     max_prompt: int = setting(1024, "tokens; a longer prompt is dropped and counted, never cut")
     # the model
     model: str = setting("", "Hugging Face folder or hub name; empty = the demo's tiny model")
+    init: str = setting("", "run folder whose policy to start from, and to keep as the reference")
     device: str = setting("auto", "auto, cpu, cuda")
     template: str = setting("auto", "auto = the tokenizer's chat template where it has one", ("auto", "chat", "plain"))
     stop_answer: str = setting("auto", "stop at the first </answer>; auto = with the plain template", ("auto", "on", "off"))
@@ -58,7 +59,8 @@ class Config:
     lora_alpha: float = setting(32.0, "their scale is alpha / rank")
     lora_targets: str = setting("all", "all, or a comma list such as q_proj,v_proj")
     # the algorithm: --algo sets the rest of this block, and flags override it
-    algo: str = setting("grpo", "a row of the table of algorithms", ("grpo", "dr_grpo", "dapo", "rloo", "gspo"))
+    algo: str = setting("grpo", "a row of the table of algorithms", ("grpo", "dr_grpo", "dapo", "rloo", "gspo", "ppo", "sft"))
+    advantage: str = setting("group", "compare with the group's other samples, or with a learned value (GAE)", ("group", "gae"))
     scale: str = setting("std", "divide a group's advantages by its std", ("std", "none"))
     leave_one_out: bool = setting(False, "baseline = mean of the other samples of the group")
     weights: str = setting("sequence", "who counts the same: each sequence, each token, or tokens over a constant", ("sequence", "token", "constant"))
@@ -66,10 +68,17 @@ class Config:
     clip_low: float = setting(0.2, "ratios below 1 - this stop pushing down")
     clip_high: float = setting(0.2, "ratios above 1 + this stop pushing up")
     dual_clip: float = setting(0.0, "bound of ratio x |A| for A < 0; 0 = none")
-    kl: str = setting("k3", "KL estimator in the loss", ("k2", "k3"))
+    kl: str = setting("k3", "KL estimator; k1 goes into the reward of each token (gae only), k2 and k3 into the loss", ("k1", "k2", "k3"))
     kl_coef: float = setting(0.0, "weight of the KL to the reference; 0 = no reference pass")
     dynamic: bool = setting(False, "DAPO: drop groups that are all right or all wrong, and sample others instead")
     refills: int = setting(3, "at most so many extra rounds of sampling for that")
+    # the critic of --algo ppo
+    critic: str = setting("head", "a scalar head on the policy's detached hidden states, or adapters of its own (lora) and a head", ("head", "lora"))
+    gamma: float = setting(1.0, "discount of GAE")
+    lam: float = setting(0.95, "lambda of GAE")
+    value_lr: float = setting(1e-4, "the critic's learning rate")
+    value_clip: float = setting(0.2, "the critic moves at most so far from the values that made the advantages; 0 = no clip")
+    critic_warmup: int = setting(0, "first steps in which only the critic learns")
     # the rollout and its updates
     prompts: int = setting(16, "prompts a step (P)")
     samples: int = setting(8, "completions a prompt (G)")
@@ -83,6 +92,10 @@ class Config:
     reward: str = setting("med-rlvr", "malformed -1, wrong 0, right +1; or accuracy + format", ("med-rlvr", "acc-format"))
     strict: bool = setting(False, "well formed = nothing outside the two blocks")
     w_format: float = setting(1.0, "weight of the format in acc-format, at most the 1 of accuracy")
+    w_leak: float = setting(0.0, "penalty for an answer given away in a very short think block (stage 4)")
+    w_before: float = setting(0.0, "penalty for reasoning placed before <think> (stage 5)")
+    w_short: float = setting(0.0, "penalty for too short a reasoning")
+    min_think: int = setting(30, "words of reasoning below which w_short grows, to 1 at none")
     w_overlong: float = setting(0.0, "weight of the soft penalty for completions near the limit")
     overlong_share: float = setting(0.2, "last share of max_new over which it rises to 1")
     # the optimiser
@@ -108,6 +121,10 @@ DEFAULTS = {
     "medqa": dict(model="Qwen/Qwen2.5-3B", template="plain", steps=300, lr=1e-5, max_new=512),      # base model, as in the paper; the rest is our choice
 }
 DEFAULTS["medqa-4"] = DEFAULTS["medqa"]
+DEMO_ALGOS = {         # what the demo needs beside them; settings that worked in trials
+    "ppo": dict(full=False, lora=16, critic="lora", critic_warmup=16, lr=1e-3, value_lr=3e-3),
+    "sft": dict(prompts=32),
+}
 
 # One row an algorithm: the words in which it differs from GRPO. Where a paper's normaliser differs from ours by a constant factor, the README says so.
 ALGOS = {
@@ -116,6 +133,21 @@ ALGOS = {
     "dapo": dict(scale="std", weights="token", clip_high=0.28, dynamic=True, w_overlong=1.0),  # arXiv 2503.14476
     "rloo": dict(scale="none", leave_one_out=True, weights="constant"),                       # arXiv 2402.14740
     "gspo": dict(scale="std", weights="sequence", ratio="sequence", clip_low=3e-4, clip_high=4e-4),   # arXiv 2507.18071, section 5.1
+    "ppo": dict(advantage="gae", weights="sequence", kl="k1", kl_coef=0.01, minibatches=4),   # arXiv 1707.06347; Med-RLVR, section 3
+    "sft": dict(samples=1, weights="token", temperature=1.0),                                 # cross-entropy on the completion only
+}
+
+# A recipe is a whole published setting. Flags beat it; it beats the data set's defaults.
+RECIPES = {
+    # Med-RLVR (arXiv 2502.19655) gives the task, model, algorithm and reward. Its numbers are not public: those of OpenRLHF, which it used, as they stood
+    # that week (commit 2734223, train_ppo_ray.py) fill the gaps. Rollouts there are 1,024 prompts with one sample each, trained in batches of 128.
+    "med-rlvr": dict(dataset="medqa", model="Qwen/Qwen2.5-3B", algo="ppo", reward="med-rlvr", strict=False,            # the paper
+                     gamma=1.0, lam=0.95, clip_low=0.2, clip_high=0.2, value_clip=0.2, kl="k1", kl_coef=0.01,         # OpenRLHF
+                     samples=1, prompts=1024, minibatches=8, updates=1, temperature=1.0, max_prompt=1024, max_new=1024,   # OpenRLHF
+                     max_grad_norm=1.0, weight_decay=0.0, beta2=0.95,                                                 # OpenRLHF
+                     lr=1e-5, value_lr=9e-5,            # our choice: 10 times OpenRLHF's 1e-6 and 9e-6, which are for all weights; these are for adapters
+                     critic="lora", critic_warmup=2,    # our choice: OpenRLHF has a separate full critic (see the README on memory)
+                     template="plain", warmup=5, steps=100, micro_batch=4),                                           # our choice
 }
 
 
@@ -128,13 +160,14 @@ def train(config: Config, run: Path, policy: Policy, splits: dict) -> None:
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="train", unit="step", disable=None)
     for step in bar:
         start = time.perf_counter()
-        rollouts, counts = collect(policy, splits["train"], config, step)                     # sample and grade
+        rollouts, counts = (demonstrations if config.algo == "sft" else collect)(policy, splits["train"], config, step)       # sample and grade
         sampled = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+            group["lr"] = group["base_lr"] * min(1.0, (step + 1) / max(1, config.warmup))
         metrics = {"step": step + 1, **counts, **describe(rollouts)}
         if rollouts:
-            set_advantages(rollouts, config)
+            if config.advantage == "group":
+                set_advantages(rollouts, config)
             metrics |= update(policy, optimizer, rollouts, config, step)                      # compare and learn
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "kl_coef": config.kl_coef, "temperature": config.temperature}
         if config.eval_every and (step + 1) % config.eval_every == 0:
@@ -172,6 +205,18 @@ def collect(policy: Policy, items: list, config: Config, step: int) -> tuple[lis
     return kept, {"groups_dropped": dropped, "groups_unfilled": unfilled} if config.dynamic else {}
 
 
+def demonstrations(policy: Policy, items: list, config: Config, step: int) -> tuple[list[Rollout], dict]:
+    """Supervised fine-tuning in the same loop: rollouts that nobody sampled, one an item, which say what `data.completion` teaches."""
+    batch = data.batch_for_step(items, step, config.prompts, config.seed)
+    return [demonstration(policy, item, group, config) for group, item in enumerate(batch)], {}
+
+
+def demonstration(policy: Policy, item, group: int, config: Config) -> Rollout:
+    text = data.completion(item, config.style)
+    ids = policy.tokenizer(text if policy.chat else " " + text, add_special_tokens=False).input_ids + policy.eos_ids[:1]
+    return evaluation.graded(Rollout(item, group, policy.prompt(item, config.style), ids, [0.0] * len(ids), True, text), config)
+
+
 def set_advantages(rollouts: list[Rollout], config: Config) -> None:
     advantages = grpo.group_advantages(torch.tensor([r.reward for r in rollouts], dtype=torch.float32), torch.tensor([r.group for r in rollouts]),
                                        config.scale, leave_one_out=config.leave_one_out)
@@ -186,6 +231,8 @@ class Fixed:
     sampled: Tensor                     # log-probs recorded while sampling
     old: Tensor | None = None           # the policy's before the first optimiser step; None where there is only one: then they are its own
     ref: Tensor | None = None           # the reference's
+    values: Tensor | None = None        # the critic's, before the first optimiser step
+    returns: Tensor | None = None       # what the critic should have said
 
     def rows(self, prompts: Tensor, T: int) -> "Fixed":
         """Of some prompts, as rows: [P, G, T] -> [N, T]"""
@@ -201,11 +248,13 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], config: Config, s
     P, G, T = batch.mask.shape
     spread = lambda values: torch.zeros(P, G, T, device=policy.device).masked_scatter(batch.mask, torch.tensor(values, device=policy.device))
     fixed = Fixed(advantages=spread([r.advantage for r in rollouts for _ in r.completion_ids]), sampled=spread([x for r in rollouts for x in r.sample_logps]))
-    if config.updates * config.minibatches > 1:
-        fixed.old = scored(policy, batch, config)
-    if config.kl_coef:
+    gae = config.advantage == "gae"
+    if gae or config.updates * config.minibatches > 1:
+        fixed.old, fixed.values = scored(policy, batch, config)
+    if config.kl_coef and config.algo != "sft":
         with policy.reference():
-            fixed.ref = scored(policy, batch, config)
+            fixed.ref, _ = scored(policy, batch, config, values_too=False)
+    first = gae_advantages(fixed, batch, [r.reward for r in rollouts], config) if gae else {}
     history = []
     for epoch in range(config.updates):
         order = torch.randperm(P, generator=torch.Generator().manual_seed(fold(config.seed, step, "order", epoch)))
@@ -214,34 +263,56 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], config: Config, s
             stats: dict[str, float] = {}
             for part in torch.arange(len(mini)).split(config.micro_batch or len(mini)):
                 some = batch.prompts(mini[part])
-                loss, terms = loss_of(policy, some, fixed.rows(mini[part], some.mask.shape[2]), weights[part].flatten(), config)
+                loss, terms = loss_of(policy, some, fixed.rows(mini[part], some.mask.shape[2]), weights[part].flatten(), config, step)
                 loss.backward()
                 for name, value in terms.items():
                     stats[name] = max(stats.get(name, 0.0), float(value)) if name.startswith("max_") else stats.get(name, 0.0) + float(value)
             lengths = batch.mask[mini].sum(2)
             counted = float((weights * lengths).sum())                                        # 1, but for the weights "constant"
             stats = {name: value if name.startswith(("max_", "loss")) else value / counted for name, value in stats.items()}
-            stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(list(policy.trainable().values()), config.max_grad_norm))
-            if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
+            for part in ("policy", "critic") if gae else ("policy",):                         # each by itself: a large error of the critic must not shrink the policy's step
+                stats[f"{part}_grad_norm"] = float(torch.nn.utils.clip_grad_norm_(list(policy.trainable(part).values()), config.max_grad_norm))
+            if all(math.isfinite(value) for value in stats.values()):
                 optimizer.step()
             else:
-                say(f"step {step + 1}: loss {stats['loss']}, gradient norm {stats['grad_norm']}: this update is skipped and the weights stay")
+                say(f"step {step + 1}: loss {stats['loss']}, gradient norm {stats['policy_grad_norm']}: this update is skipped and the weights stay")
             optimizer.zero_grad(set_to_none=True)
             history.append(stats)
     merge = lambda name, values: max(values) if name.startswith("max_") else sum(values) / len(values)
     metrics = {name: merge(name, [stats[name] for stats in history]) for name in history[0]}
-    return metrics | {"max_sampler_gap": history[0]["max_sampler_gap"]}                       # before any weight moved: how far sampler and scorer differ
+    return metrics | first | {"max_sampler_gap": history[0]["max_sampler_gap"]}               # before any weight moved: how far sampler and scorer differ
 
 
-def loss_of(policy: Policy, batch: policies.Batch, fixed: Fixed, weights: Tensor, config: Config) -> tuple[Tensor, dict]:
+def gae_advantages(fixed: Fixed, batch: policies.Batch, rewards: list[float], config: Config) -> dict:
+    """PPO's signal (Med-RLVR, section 3): each token's reward is -kl_coef log(pi / ref), the last one's also the grader's. Fills in advantages and returns."""
+    rows, mask = (lambda x: x.flatten(0, 1)), batch.mask.flatten(0, 1)                        # [P, G, T] -> [N, T]
+    per_token = torch.zeros_like(rows(fixed.old))
+    kl = grpo.kl_term(rows(fixed.old), rows(fixed.ref), "k1") * mask if fixed.ref is not None else per_token
+    last = mask.sum(1) - 1                                                                    # [N] the last counted token, the EOS where one was sampled
+    per_token[torch.arange(len(last)), last] = torch.tensor(rewards, dtype=per_token.dtype, device=per_token.device)
+    values = rows(fixed.values)
+    advantages, returns = grpo.gae(per_token - config.kl_coef * kl, values, mask, config.gamma, config.lam)
+    fixed.advantages, fixed.returns = grpo.whiten(advantages, mask).view_as(fixed.old), returns.view_as(fixed.old)
+    return {"kl": float(kl.sum() / mask.sum()), "explained_variance": float(grpo.explained_variance(values, returns, mask)),
+            "value": float((values * mask).sum() / mask.sum())}
+
+
+def loss_of(policy: Policy, batch: policies.Batch, fixed: Fixed, weights: Tensor, config: Config, step: int) -> tuple[Tensor, dict]:
     """The part of the loss that these rows contribute, and what to log of it: sums weighted like the loss, and maxima. weights [N]"""
     scores = policy.score(batch, config.temperature)
     logps, mask = scores.logps.flatten(0, 1), batch.mask.flatten(0, 1)                        # [N, T]
     each = weights[:, None] * mask                                                            # [N, T] the weight of each token
+    if config.algo == "sft":
+        loss = -(each * logps).sum()
+        return loss, {"loss": loss.detach(), "entropy": (each * scores.entropy.flatten(0, 1)).sum(), "max_sampler_gap": 0.0}
     old = logps.detach() if fixed.old is None else fixed.old
     loss, stats = grpo.policy_loss(logps, old, fixed.advantages, mask, weights, clip_low=config.clip_low, clip_high=config.clip_high,
                                    ratio=config.ratio, dual_clip=config.dual_clip or None)
-    if fixed.ref is not None:
+    if fixed.returns is not None:
+        error = grpo.value_loss(scores.values.flatten(0, 1), fixed.values, fixed.returns, mask, weights, config.value_clip or None)
+        loss = error + (loss if step >= config.critic_warmup else 0.0)
+        stats["value_loss"] = error.detach()
+    elif fixed.ref is not None:
         kl = each * grpo.kl_term(logps, fixed.ref, config.kl)
         loss = loss + config.kl_coef * kl.sum()
         stats["kl"] = kl.detach().sum()
@@ -251,13 +322,16 @@ def loss_of(policy: Policy, batch: policies.Batch, fixed: Fixed, weights: Tensor
 
 
 @torch.no_grad()
-def scored(policy: Policy, batch: policies.Batch, config: Config) -> Tensor:
-    """Log-probs without gradient, a micro-batch at a time. -> [P, G, T]"""
-    out = torch.zeros(batch.mask.shape, device=policy.device)
-    for some in torch.arange(len(out)).split(config.micro_batch or len(out)):
+def scored(policy: Policy, batch: policies.Batch, config: Config, values_too: bool = True) -> tuple[Tensor, Tensor]:
+    """Log-probs and, where there is a critic, values, without gradient, a micro-batch at a time. -> [P, G, T] x 2"""
+    logps, values = torch.zeros(batch.mask.shape, device=policy.device), torch.zeros(batch.mask.shape, device=policy.device)
+    for some in torch.arange(len(logps)).split(config.micro_batch or len(logps)):
         part = batch.prompts(some)
-        out[some, :, :part.mask.shape[2]] = policy.score(part, config.temperature).logps
-    return out
+        scores = policy.score(part, config.temperature, values_too)
+        logps[some, :, :part.mask.shape[2]] = scores.logps
+        if scores.values is not None:
+            values[some, :, :part.mask.shape[2]] = scores.values
+    return logps, values
 
 
 def describe(rollouts: list[Rollout]) -> dict:
@@ -275,8 +349,9 @@ def describe(rollouts: list[Rollout]) -> dict:
 
 # --------------------------------------------------------------------------------------------- optimiser, seeds
 def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
-    return torch.optim.AdamW(policy.trainable().values(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay,
-                             fused=policy.device.type == "cuda")
+    """Two groups, in this order: the policy, and the critic with a learning rate of its own."""
+    groups = [{"params": list(policy.trainable(part).values()), "lr": lr, "base_lr": lr} for part, lr in (("policy", config.lr), ("critic", config.value_lr))]
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=policy.device.type == "cuda")
 
 
 def fold(*parts) -> int:
@@ -309,8 +384,8 @@ def warm_start(policy: Policy, items: list, config: Config, clean_steps: int = 1
             if diluted and rng.random() > .25:
                 item = dataclasses.replace(item, answer=rng.choice(data.LETTERS[:len(item.options)]))
             words = data.completion(item).split()
-            if diluted and rng.random() > .7:
-                words.pop(rng.randrange(len(words)))
+            if diluted and rng.random() > .6:
+                words.pop(0)                                                                  # no <think>
             ids = policy.tokenizer(" ".join(words)).input_ids + policy.eos_ids[:1]
             rollouts.append(Rollout(item, len(rollouts), prompts[item.id], ids, [], True))
         batch = collate(rollouts, policy.device)
@@ -417,6 +492,19 @@ def first_policy(config: Config, run: Path, splits: dict, results: dict) -> None
     policy.tokenizer.save_pretrained(run / "model")
 
 
+def initial_weights(config: Config) -> dict[str, Tensor] | None:
+    """The trained weights of the run that --init names; refused where that run began from another model."""
+    if not config.init:
+        return None
+    saved, checkpoint = policies.read_run(config.init), policies.newest_checkpoint(Path(config.init))
+    if not saved or checkpoint is None:
+        raise UsageError(f"--init {config.init}: no run with a finished checkpoint is there")
+    for name in ("model", "full", "lora", "lora_targets"):
+        if saved[name] != getattr(config, name) and not (name.startswith("lora") and config.full):
+            raise UsageError(f"--init {config.init}: that run has --{name.replace('_', '-')} {saved[name]!r}, this one {getattr(config, name)!r}")
+    return load_file(checkpoint / "policy.safetensors")
+
+
 def check_hub(config: Config) -> None:
     """Before anything large is fetched: is everything here or within reach, and can this machine hold it? Says what will be downloaded and written."""
     import huggingface_hub
@@ -465,12 +553,15 @@ def validate(config: Config) -> None:
     def refuse(condition: bool, message: str) -> None:
         if condition:
             raise UsageError(message)
-    refuse(config.samples < 2, f"--samples {config.samples}: {config.algo} compares the samples of a group, and a group of 1 has nothing to compare; use at least 2")
+    refuse(config.samples < 2 and config.advantage == "group" and config.algo != "sft", f"--samples {config.samples}: {config.algo} compares the samples of a group, and a group of 1 has nothing to compare; use at least 2")
     refuse(not config.model and config.dataset != "demo", f"--dataset {config.dataset} needs --model: a Hugging Face folder or hub name")
     for name in ("prompts", "max_new", "max_prompt", "steps", "updates", "minibatches", "keep"):
         refuse(getattr(config, name) < 1, f"--{name.replace('_', '-')} must be at least 1")
     refuse(config.minibatches > config.prompts, f"--minibatches {config.minibatches}: there are only --prompts {config.prompts} groups to divide")
     refuse(config.temperature <= 0, "--temperature must be above 0 in training: greedy samples of a group are all the same")
+    refuse(config.algo == "sft" and config.samples != 1, "--algo sft learns one completion an item: leave --samples at 1")
+    refuse(config.kl == "k1" and config.advantage != "gae", "--kl k1 in a loss has no gradient in expectation (see grpo.kl_term): use k2 or k3")
+    refuse(config.critic == "lora" and config.advantage == "gae" and config.full, "--critic lora needs a frozen base: not with --full; use --critic head")
     refuse(config.lora < 1 and not config.full, "--lora 0 trains nothing: use --full to train all weights")
     refuse(not 0 <= config.w_format <= 1, "--w-format must be between 0 and 1: a format reward above the 1 of a right answer would be the goal")
     refuse(not 0 < config.overlong_share <= 1, "--overlong-share must be above 0 and at most 1")
@@ -486,6 +577,7 @@ class Parser(argparse.ArgumentParser):
 def read_flags(argv: list[str] | None) -> tuple[dict, Path | None]:
     """The flags that were given, by field name, and the folder of --resume."""
     p = Parser(prog="train.py", description="Reinforcement fine-tuning with verifiable rewards. Without flags: the demo.", allow_abbrev=False)
+    p.add_argument("--recipe", choices=tuple(RECIPES), default=argparse.SUPPRESS, help="a published setting; flags beat it")
     p.add_argument("--resume", metavar="RUN", help="go on with a run where its newest checkpoint stands; of the flags only --steps and --device may change")
     for f in fields(Config):
         options = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {"type": type(f.default), "choices": f.metadata["choices"]}
@@ -503,9 +595,13 @@ def read_flags(argv: list[str] | None) -> tuple[dict, Path | None]:
 
 
 def make_config(given: dict) -> Config:
-    """The algorithm's row, then the data set's defaults, then the flags."""
-    dataset, algo = given.get("dataset", Config.dataset), given.get("algo", Config.algo)
-    return Config(**(ALGOS[algo] | DEFAULTS.get(dataset, {}) | given))
+    """The algorithm's row, then the data set's defaults, then the recipe, then the flags."""
+    recipe = RECIPES.get(given.pop("recipe", ""), {})
+    named = recipe | given
+    dataset, algo = named.get("dataset", Config.dataset), named.get("algo", Config.algo)
+    demo = DEMO_ALGOS.get(algo, {}) if dataset == "demo" else {}
+    defaults = {name: value for name, value in DEFAULTS.get(dataset, {}).items() if not (algo == "sft" and name == "samples")}
+    return Config(**(ALGOS[algo] | defaults | demo | recipe | given))
 
 
 def resumed_config(run: Path, given: dict) -> Config:
@@ -545,9 +641,13 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"--resume {run}: the data set is not the one that this run began with")
     results = json.loads((run / "eval.json").read_text(encoding="utf-8")) if resume and (run / "eval.json").exists() else {}
     if not config.model and not (run / "model" / "config.json").exists():
-        first_policy(config, run, splits, results)
+        if config.init:
+            shutil.copytree(Path(config.init) / "model", run / "model")
+        else:
+            first_policy(config, run, splits, results)
     policy = Policy.load(policies.base_model(run, asdict(config)), policies.pick_device(config.device), checkpointing=config.checkpointing,
-                         keep_reference=config.kl_coef > 0, **policies.policy_settings(asdict(config)))
+                         keep_reference=config.kl_coef > 0 and config.algo != "sft", critic=config.critic if config.advantage == "gae" else "",
+                         init=initial_weights(config), **policies.policy_settings(asdict(config)))
     splits = {name: evaluation.fitting(policy, items, config, f"{name}: ") for name, items in splits.items()}
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "run.json", facts)
