@@ -19,7 +19,7 @@ from pathlib import Path
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SPLITS = ("train", "dev", "test")
-DATASETS = ("demo", "medqa", "medqa-4")
+DATASETS = ("demo", "medqa", "medqa-4", "mmlu-pro-health")
 MAX_LINE = 1_000_000                    # characters in one line of JSONL: a longer one is no exam question
 
 
@@ -43,7 +43,7 @@ class Item:
 def load(dataset: str, split: str, data_dir: str | None = None, limit: int | None = None) -> list[Item]:
     """The items of one split, in file order, the first `limit` of them.
 
-    dataset: `demo`; `medqa` or `medqa-4` (five or four options; from the hub, or from `data_dir` with the layout of its archive);
+    dataset: `demo`; `medqa` or `medqa-4` (five or four options) or `mmlu-pro-health` (test only), from the hub, or from `data_dir` with the same layout;
     or a path: a folder with train.jsonl, dev.jsonl and test.jsonl, or one .jsonl file, which is cut 80/10/10 by a hash of each item.
     Raises UsageError with the file, the line and the way on.
     """
@@ -53,6 +53,8 @@ def load(dataset: str, split: str, data_dir: str | None = None, limit: int | Non
         items = demo_items(split)
     elif dataset in ("medqa", "medqa-4"):
         items = medqa_items(dataset, split, data_dir)
+    elif dataset == "mmlu-pro-health":
+        items = mmlu_pro_items(split, data_dir)
     elif Path(dataset).exists():
         items = own_items(Path(dataset), split)
     else:
@@ -76,6 +78,30 @@ def medqa_items(dataset: str, split: str, data_dir: str | None) -> list[Item]:
     archive = fetch("bigbio/med_qa", "data_clean.zip")
     with zipfile.ZipFile(archive) as z, z.open(name) as lines:                # read in place: no member is written anywhere
         return read_jsonl(io.TextIOWrapper(lines, encoding="utf-8"), f"{archive}:{name}", dataset, split, published=True)
+
+
+def mmlu_pro_items(split: str, data_dir: str | None) -> list[Item]:
+    """The health questions of MMLU-Pro (arXiv 2406.01574), 3 to 10 options: Med-RLVR's test out of distribution. The unfiltered split, 818 rows."""
+    if split != "test":
+        raise UsageError("mmlu-pro-health is for evaluation only: its split is test")
+    name = "data/test-00000-of-00001.parquet"
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UsageError("reading parquet needs pyarrow: pip install pyarrow") from None
+    if data_dir:
+        found = [path for path in (Path(data_dir) / "MMLU-Pro" / name, Path(data_dir) / name) if path.is_file()]
+        if not found:
+            raise UsageError(f"neither {data_dir}/MMLU-Pro/{name} nor {data_dir}/{name} is there")
+        path = str(found[0])
+    else:
+        path = fetch("TIGER-Lab/MMLU-Pro", name)
+    try:
+        rows = pyarrow.parquet.read_table(path, columns=["question_id", "question", "options", "answer", "category"]).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UsageError(f"{path}: not the parquet file of MMLU-Pro ({str(error).splitlines()[0]})") from None
+    health = [row for row in rows if row["category"] == "health"]
+    return read_jsonl((json.dumps(row | {"id": f"mmlu-pro-{row['question_id']}"}) for row in health), path, "mmlu-pro-health", split, published=True)
 
 
 def online() -> bool:
@@ -198,6 +224,12 @@ def shuffle_options(item: Item, seed: int = 0) -> Item:
     order = list(range(len(item.options)))
     random.Random(f"{seed} {item.id}").shuffle(order)
     return replace(item, options=tuple(item.options[i] for i in order), answer=LETTERS[order.index(LETTERS.index(item.answer))])
+
+
+def rotate_options(item: Item, by: int = 1) -> Item:
+    """The same question with every option moved `by` places up, the first ones to the end."""
+    n, gold = len(item.options), LETTERS.index(item.answer)
+    return replace(item, options=item.options[by % n:] + item.options[:by % n], answer=LETTERS[(gold - by) % n])
 
 
 def batch_for_step(items: list[Item], step: int, n: int, seed) -> list[Item]:

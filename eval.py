@@ -8,9 +8,11 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -31,6 +33,38 @@ def wilson(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float,
     p, zz = successes / n, z * z
     centre, half = p + zz / (2 * n), z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
     return max(0.0, (centre - half) / (1 + zz / n)), min(1.0, (centre + half) / (1 + zz / n))
+
+
+def bootstrap(values, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
+    """95% percentile interval of the mean of `values`, one value an *item*: the k samples of an item are no k independent items."""
+    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(draws)]
+    return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Exact two-sided p of McNemar's test: are the items that only one of two models gets right split like coin flips?
+
+    >>> mcnemar(1, 5), mcnemar(0, 0)                                  # 2 (C(6,0) + C(6,1)) / 2^6
+    (0.21875, 1.0)
+    """
+    n = only_a + only_b
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n)
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Unbiased chance that one of k samples is right, from n samples of which `right` were (arXiv 2107.03374, eq. 1).
+
+    >>> pass_at_k(4, 1, 2), pass_at_k(4, 3, 2)
+    (0.5, 1.0)
+    """
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority(predictions: list[str]) -> str:
+    """The answer given most often; of equals the one given first; unreadable answers have no vote."""
+    votes = Counter(filter(None, predictions))
+    return max(votes, key=votes.get) if votes else ""
 
 
 def answer(policy, items: list[Item], config, *, n: int = 1, temperature: float = 0.0, seed: int = 0, rows: int = 128, label: str = ""):
@@ -57,12 +91,40 @@ def graded(rollout, config):
 
 
 def summary(rollouts) -> dict:
-    """Of one completion an item: {"accuracy", "ci95", "n", "parsed", "well_formed", "truncated", "length"}."""
+    """Of graded completions: {"accuracy", "ci95", "n", "parsed", "well_formed", "truncated", "length", "stages"}; rates are shares of all of them."""
     n, right = len(rollouts), sum(r.correct for r in rollouts)
     share = lambda flags: sum(flags) / n
     return {"accuracy": right / n, "ci95": list(wilson(right, n)), "n": n, "parsed": share(bool(r.predicted) for r in rollouts),
             "well_formed": share(r.parsed.well_formed for r in rollouts), "truncated": share(not r.finished for r in rollouts),
-            "length": share(len(r.completion_ids) for r in rollouts)}
+            "length": share(len(r.completion_ids) for r in rollouts),
+            "stages": {name: share(rewards.stage(r.parsed, r.item, len(r.completion_ids)) == name for r in rollouts) for name in rewards.STAGES}}
+
+
+def letters(rollouts) -> dict:
+    """Position bias: how often each letter is predicted and is gold, and the accuracy where it is gold."""
+    predicted, gold = Counter(r.predicted or "none" for r in rollouts), Counter(r.item.answer for r in rollouts)
+    right = Counter(r.item.answer for r in rollouts if r.correct)
+    return {"predicted": dict(sorted(predicted.items())), "gold": dict(sorted(gold.items())), "accuracy": {letter: right[letter] / gold[letter] for letter in sorted(gold)}}
+
+
+def option_likelihood(policy, items: list[Item], label: str = "") -> list[bool]:
+    """Whether the gold letter is the likeliest, as evaluation harnesses ask: log p("<answer> B" | direct prompt) for every letter, the prompt computed once."""
+    right = []
+    for item in tqdm(items, desc=label, unit="item", leave=False, disable=None if label else True):
+        lead, prompt = "" if policy.chat else " ", policy.prompt(item, "direct")
+        rows = [policies.Rollout(item, 0, prompt, policy.tokenizer(f"{lead}<answer> {letter}", add_special_tokens=False).input_ids, [], True)
+                for letter in rewards.LETTERS[:len(item.options)]]
+        with torch.no_grad():
+            scores = policy.score(policies.collate(rows, policy.device), values_too=False).logps[0].sum(-1)         # [G]
+        right.append(rewards.LETTERS[int(scores.argmax())] == item.answer)
+    return right
+
+
+def rotated_agreement(policy, rollouts, config, label: str = "") -> float:
+    """Share of items for which the model names the same option *text* when all options move up one place. 1: the order does not matter to it."""
+    turned = answer(policy, [data.rotate_options(r.item) for r in rollouts], config, label=label)
+    text = lambda r: r.item.options[rewards.LETTERS.index(r.predicted)] if r.predicted else None
+    return sum(text(a) is not None and text(a) == text(b) for a, b in zip(rollouts, turned)) / len(rollouts)
 
 
 def evaluate(policy, items: list[Item], config, *, samples: int = 1, seed: int = 0, label: str = "") -> tuple[dict, list]:
@@ -75,7 +137,11 @@ def evaluate(policy, items: list[Item], config, *, samples: int = 1, seed: int =
     if samples:
         sampled = answer(policy, items, config, n=samples, temperature=1.0, seed=seed, label=f"{label}sampled" if label else "")
         result |= {f"sampled_{key}": value for key, value in summary(sampled).items() if key in ("accuracy", "well_formed", "truncated", "length")}
-        result["samples"] = samples
+        per_item = [sampled[i:i + samples] for i in range(0, len(sampled), samples)]
+        counts = [sum(r.correct for r in of_item) for of_item in per_item]
+        result |= {"samples": samples, "sampled_ci95": list(bootstrap([c / samples for c in counts])),
+                   "maj_at_k": sum(majority([r.predicted for r in of_item]) == of_item[0].item.answer for of_item in per_item) / len(per_item),
+                   "pass_at_k": {k: sum(pass_at_k(samples, c, k) for c in counts) / len(counts) for k in sorted({1, samples // 2 or 1, samples})}}
         rollouts = greedy + sampled
     return result, rollouts
 
@@ -88,12 +154,13 @@ def as_line(result: dict) -> str:
     return text + f"; an answer could be read in {result['parsed']:.0%}, {result['truncated']:.0%} cut at the limit"
 
 
-def settings(args, config: dict):
+def settings(args, config: dict, dataset: str | None = None, style: str | None = None):
     """What sampling and grading need to know: flags first, then the run's own config, then the defaults of the paper's prompt."""
-    defaults = {"dataset": "medqa", "data_dir": "", "style": "think", "max_new": 512, "max_prompt": 2048, "reward": "med-rlvr", "strict": False,
-                "w_format": 1.0, "w_overlong": 0.0, "overlong_share": 0.2, "shuffle_options": False, "seed": 0}
-    flags = {name: value for name, value in vars(args).items() if value is not None}
-    return SimpleNamespace(**(defaults | config | flags))
+    defaults = {"dataset": "medqa", "data_dir": "", "style": "think", "max_new": 512, "max_prompt": 2048, "reward": "med-rlvr", "strict": False, "w_format": 1.0,
+                "w_leak": 0.0, "w_before": 0.0, "w_short": 0.0, "w_overlong": 0.0, "min_think": 30, "overlong_share": 0.2, "shuffle_options": False, "seed": 0}
+    flags = {name: value for name, value in vars(args).items() if value is not None and name not in ("dataset", "style")}
+    chosen = {name: value for name, value in (("dataset", dataset), ("style", style)) if value}
+    return SimpleNamespace(**(defaults | config | flags | chosen))
 
 
 def fitting(policy, items: list[Item], config, what: str = "") -> list[Item]:
@@ -106,23 +173,88 @@ def fitting(policy, items: list[Item], config, what: str = "") -> list[Item]:
     return kept
 
 
+def load_items(config, split: str, limit: int | None) -> list[Item]:
+    items = data.load(config.dataset, split, config.data_dir or None, limit)
+    return [data.shuffle_options(item, config.seed) for item in items] if config.shuffle_options else items
+
+
+def seen_in_training(items: list[Item], run: dict, config) -> int:
+    """How many of the items stand in the training data of a run, by question and options."""
+    trained = data.load(run["dataset"], "train", config.data_dir or run["data_dir"] or None, run["limit"] or None)
+    return len(items) - len(data.without(items, trained))
+
+
+def evaluate_model(name: str, args) -> list[tuple[dict, list]]:
+    """One model on every data set and in every style asked for -> (result, greedy rollouts) of each."""
+    kwargs = {key: value for key in ("template", "stop_answer") if (value := getattr(args, key))}
+    policy, run = policies.open_policy(name, policies.pick_device(args.device), **kwargs)
+    found = []
+    for dataset in args.dataset or [None]:
+        for style in args.style or [None]:
+            config = settings(args, run, dataset, style)
+            items = fitting(policy, load_items(config, args.split, args.limit), config)
+            label = f"{Path(name).name} {config.dataset} {config.style} "
+            result, rollouts = evaluate(policy, items, config, samples=args.samples, seed=config.seed, label=label)
+            greedy = rollouts[:len(items)]
+            result |= {"model": name, "dataset": config.dataset, "split": args.split, "style": config.style, "letters": letters(greedy)}
+            if run:
+                result["seen_in_training"] = seen_in_training(items, run, config)
+            if args.likelihood:
+                right = option_likelihood(policy, items, f"{label}letters")
+                result |= {"likelihood_accuracy": sum(right) / len(right), "likelihood_ci95": list(wilson(sum(right), len(right)))}
+            if args.rotate:
+                result["rotated_agreement"] = rotated_agreement(policy, greedy, config, f"{label}rotated")
+            found.append((result, rollouts))
+    return found
+
+
+def compare(a: tuple[dict, list], b: tuple[dict, list]) -> dict:
+    """Two models on the same items: who is right where the other is not, exact McNemar, and the difference with a paired bootstrap over items."""
+    (first, rows_a), (second, rows_b) = a, b
+    right_a, right_b = ({r.item.id: r.correct for r in rows[:result["n"]]} for result, rows in (a, b))
+    shared = [key for key in right_a if key in right_b]
+    difference = [right_b[key] - right_a[key] for key in shared]
+    return {"a": first["model"], "b": second["model"], "style_a": first["style"], "style_b": second["style"], "dataset": first["dataset"], "n": len(shared),
+            "only_a": difference.count(-1), "only_b": difference.count(1), "difference": sum(difference) / len(shared),
+            "difference_ci95": list(bootstrap(difference)), "mcnemar_p": mcnemar(difference.count(-1), difference.count(1))}
+
+
+def table(results: list[dict]) -> str:
+    """Markdown, a row a model, data set and style."""
+    columns = [("model", lambda r: Path(r["model"]).name), ("data", lambda r: f"{r['dataset']} {r['split']}"), ("prompt", lambda r: r["style"]), ("n", lambda r: r["n"]),
+               ("greedy", lambda r: f"{r['accuracy']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}]")]
+    if any("samples" in r for r in results):
+        columns += [("sampled", lambda r: f"{r['sampled_accuracy']:.3f} [{r['sampled_ci95'][0]:.3f}, {r['sampled_ci95'][1]:.3f}]"),
+                    (f"maj@{results[0]['samples']}", lambda r: f"{r['maj_at_k']:.3f}"), (f"pass@{results[0]['samples']}", lambda r: f"{r['pass_at_k'][r['samples']]:.3f}")]
+    if any("likelihood_accuracy" in r for r in results):
+        columns.append(("likeliest letter", lambda r: f"{r['likelihood_accuracy']:.3f}"))
+    if any("rotated_agreement" in r for r in results):
+        columns.append(("same when rotated", lambda r: f"{r['rotated_agreement']:.3f}"))
+    columns += [("read", lambda r: f"{r['parsed']:.0%}"), ("cut", lambda r: f"{r['truncated']:.0%}"),
+                ("main stage", lambda r: max(r["stages"], key=r["stages"].get)), ("seen in training", lambda r: r.get("seen_in_training", "-"))]
+    rows = [[name for name, _ in columns], ["---"] * len(columns), *([str(cell(r)) for _, cell in columns] for r in results)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="eval.py", description="Accuracy of a model or a run, or its answer to one question.")
-    p.add_argument("model", help="a run folder of train.py, a Hugging Face folder, or a hub name")
-    p.add_argument("--dataset", help=f"{', '.join(data.DATASETS)}, or a JSONL path (default: the run's, else medqa)")
+    p = argparse.ArgumentParser(prog="eval.py", description="Accuracy of models and runs, side by side; or an answer to one question.")
+    p.add_argument("models", nargs="+", metavar="MODEL_OR_RUN", help="a run folder of train.py, a Hugging Face folder, or a hub name; each is compared with the first")
+    p.add_argument("--dataset", nargs="+", help=f"{', '.join(data.DATASETS)}, or a JSONL path (default: the run's, else medqa)")
     p.add_argument("--data-dir", help="folder that holds the published files, instead of the hub")
-    p.add_argument("--split", default="test", help="train, dev or test (default test)")
+    p.add_argument("--split", default="test", choices=data.SPLITS, help="default test")
     p.add_argument("--limit", type=int, help="the first N items only")
-    p.add_argument("--style", choices=["think", "direct", "cot"], help="prompt: think-then-answer (trained), direct, or chain of thought")
-    p.add_argument("--samples", type=int, default=0, help="completions an item at temperature 1, for the sampled accuracy (default none)")
+    p.add_argument("--style", nargs="+", choices=list(data.INSTRUCTIONS), help="prompts: think (as trained), direct, cot (chain of thought): the paper's baselines")
+    p.add_argument("--samples", type=int, default=0, help="completions an item at temperature 1: sampled mean, maj@k, pass@k (default none)")
+    p.add_argument("--likelihood", action="store_true", help="also the accuracy of the likeliest option letter, as harnesses report it")
+    p.add_argument("--rotate", action="store_true", help="also the agreement of a model with itself when the options are rotated")
     p.add_argument("--max-new", type=int, help="new tokens at most (default: the run's, else 512)")
     p.add_argument("--max-prompt", type=int, help="longer prompts are dropped and counted (default: the run's, else 2048)")
     p.add_argument("--template", choices=["auto", "chat", "plain"], help="prompt template (auto: the tokenizer's chat template, where it has one)")
     p.add_argument("--stop-answer", choices=["auto", "on", "off"], help="stop at the first </answer> (auto: with the plain template)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     p.add_argument("--seed", type=int, help="of the sampled completions")
-    p.add_argument("--json", metavar="F", help="write the result to F")
-    p.add_argument("--answers", metavar="F", help="write one line of JSON an item to F")
+    p.add_argument("--json", metavar="F", help="write the result to F: one object for one model, data set and style, else {results, comparisons}")
+    p.add_argument("--answers", metavar="F", help="write one line of JSON a completion to F")
     p.add_argument("--ask", metavar="QUESTION", help="answer this question instead, options included in its text")
     return p
 
@@ -133,29 +265,29 @@ def main(argv: list[str] | None = None) -> None:
     for path in filter(None, (args.json, args.answers)):                      # before an hour of sampling, not after
         if not Path(path).resolve().parent.is_dir():
             raise UsageError(f"the folder of {path} does not exist")
-    kwargs = {name: value for name in ("template", "stop_answer") if (value := getattr(args, name))}
-    run = policies.read_run(args.model)
-    if not args.ask:
-        config = settings(args, run)
-        items = data.load(config.dataset, args.split, config.data_dir or None, args.limit)     # data first: a wrong name is answered at once
-    policy, run = policies.open_policy(args.model, policies.pick_device(args.device), **kwargs)
-    config = settings(args, run)
     if args.ask:
-        item = Item("ask", "choice", args.ask, (), "")
-        print(answer(policy, [item], config)[0].text.strip())
+        policy, run = policies.open_policy(args.models[0], policies.pick_device(args.device), **{k: v for k in ("template", "stop_answer") if (v := getattr(args, k))})
+        print(answer(policy, [Item("ask", "choice", args.ask, (), "")], settings(args, run))[0].text.strip())
         return
-    if config.shuffle_options:
-        items = [data.shuffle_options(item, config.seed) for item in items]
-    items = fitting(policy, items, config)
-    result, rollouts = evaluate(policy, items, config, samples=args.samples, seed=config.seed, label=f"{config.dataset} ")
-    result |= {"model": args.model, "dataset": config.dataset, "split": args.split, "style": config.style}
+    for name in args.models:                                                  # data first: a wrong name is answered before any model is loaded
+        for dataset in args.dataset or [None]:
+            load_items(settings(args, policies.read_run(name), dataset), args.split, args.limit)
+    found = [evaluate_model(name, args) for name in args.models]
+    results = [result for of_model in found for result, _ in of_model]
+    comparisons = [compare(a, b) for of_model in found[1:] for a, b in zip(found[0], of_model)]
+    comparisons += [compare(of_model[0], other) for of_model in found for other in of_model[1:] if other[0]["dataset"] == of_model[0][0]["dataset"]]
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        content = results[0] if len(results) == 1 else {"results": results, "comparisons": comparisons}
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if args.answers:
-        rows = [{"id": r.item.id, "gold": r.item.answer, "predicted": r.predicted, "correct": r.correct, "finished": r.finished, "text": r.text,
-                 "greedy": i < len(items)} for i, r in enumerate(rollouts)]
+        rows = [{"model": result["model"], "dataset": result["dataset"], "style": result["style"], "id": r.item.id, "gold": r.item.answer, "predicted": r.predicted,
+                 "correct": r.correct, "finished": r.finished, "greedy": i < result["n"], "text": r.text}
+                for of_model in found for result, rollouts in of_model for i, r in enumerate(rollouts)]
         Path(args.answers).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(f"{args.model} on {config.dataset} {args.split} ({config.style}): {as_line(result)}")
+    print(table(results))
+    for c in comparisons:
+        print(f"{c['dataset']}: {Path(c['b']).name} ({c['style_b']}) - {Path(c['a']).name} ({c['style_a']}) = {c['difference']:+.3f} "
+              f"[{c['difference_ci95'][0]:+.3f}, {c['difference_ci95'][1]:+.3f}] on {c['n']} shared items; right alone {c['only_b']} : {c['only_a']}, McNemar p {c['mcnemar_p']:.2g}")
 
 
 if __name__ == "__main__":

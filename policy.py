@@ -623,6 +623,11 @@ def checksum(path: Path) -> str:
     return total.hexdigest()
 
 
+def model_shape(name_or_path: str):
+    """The text model's config: layers, widths, heads, vocabulary."""
+    return AutoConfig.from_pretrained(name_or_path).get_text_config(decoder=True)
+
+
 def model_size(name_or_path: str, rank: int) -> tuple[int, int]:
     """(weights, weights trained) of a model, from its config alone. rank 0: all are trained."""
     try:

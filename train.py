@@ -48,6 +48,7 @@ class Config:
     shuffle_options: bool = setting(False, "another order of the options for each item, fixed by the seed")
     style: str = setting("think", "prompt", ("think", "direct", "cot"))
     max_prompt: int = setting(1024, "tokens; a longer prompt is dropped and counted, never cut")
+    hackable: bool = setting(False, "demo only: a warm start in which reasoning in front of <think> pays, to watch a reward hack (stage 5)")
     # the model
     model: str = setting("", "Hugging Face folder or hub name; empty = the demo's tiny model")
     init: str = setting("", "run folder whose policy to start from, and to keep as the reference")
@@ -86,6 +87,7 @@ class Config:
     max_new: int = setting(512, "new tokens a completion")
     updates: int = setting(1, "passes over a rollout")
     minibatches: int = setting(1, "optimiser steps a pass")
+    sample_rows: int = setting(256, "completions sampled at once, for memory only: their random numbers stay the same")
     micro_batch: int = setting(0, "prompts a forward pass, for memory only: the gradient stays the same; 0 = all")
     checkpointing: bool = setting(True, "recompute activations in the backward pass")
     # the reward
@@ -157,6 +159,7 @@ def train(config: Config, run: Path, policy: Policy, splits: dict) -> None:
     optimizer = make_optimizer(policy, config)
     first = restore(run, policy, optimizer)
     log = Log(run, first)
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="train", unit="step", disable=None)
     for step in bar:
         start = time.perf_counter()
@@ -173,6 +176,10 @@ def train(config: Config, run: Path, policy: Policy, splits: dict) -> None:
         if config.eval_every and (step + 1) % config.eval_every == 0:
             dev, _ = evaluation.evaluate(policy, splits["dev"], config, samples=0, label="dev ")
             metrics |= {"dev_accuracy": dev["accuracy"], "dev_ci95": dev["ci95"]}
+        history.append(metrics)
+        if found := alarms(history):
+            metrics["alarms"] = found
+            say(f"step {step + 1}: ALARM: {'; '.join(found)}")
         log.write(metrics, rollouts[:config.log_groups * config.samples],
                   {"sample_s": sampled - start, "step_s": time.perf_counter() - start, "tokens": sum(len(r.completion_ids) for r in rollouts)})
         if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
@@ -190,7 +197,10 @@ def collect(policy: Policy, items: list, config: Config, step: int) -> tuple[lis
         if not missing:
             break
         batch = data.batch_for_step(items, step, missing, (config.seed, k) if k else config.seed)
-        rollouts = policy.sample(batch, config.samples, config.max_new, config.temperature, fold(config.seed, step, k), style=config.style)
+        rollouts = []
+        for first in range(0, missing, at_once := max(1, config.sample_rows // config.samples)):
+            rollouts += policy.sample(batch[first:first + at_once], config.samples, config.max_new, config.temperature, fold(config.seed, step, k),
+                                      first_row=first * config.samples, style=config.style)
         for first in range(0, len(rollouts), config.samples):
             group = [evaluation.graded(rollout, config) for rollout in rollouts[first:first + config.samples]]
             if config.dynamic and len({rollout.correct for rollout in group}) == 1:
@@ -342,9 +352,33 @@ def describe(rollouts: list[Rollout]) -> dict:
     groups: dict[int, set] = {}
     for r in rollouts:
         groups.setdefault(r.group, set()).add(r.reward)
-    return {"reward": mean(r.reward for r in rollouts), "accuracy": mean(r.correct for r in rollouts),
+    stages = [rewards.stage(r.parsed, r.item, len(r.completion_ids)) for r in rollouts]
+    return {"reward": mean(r.reward for r in rollouts), "accuracy": mean(r.correct for r in rollouts), "think_words": mean(len(r.parsed.think.split()) for r in rollouts),
+            "stages": {name: stages.count(name) / len(stages) for name in rewards.STAGES},
             "length": mean(len(r.completion_ids) for r in rollouts), "groups_equal": sum(len(rewards) == 1 for rewards in groups.values()) / len(groups),
             **{f"part_{name}": mean(r.parts[name] for r in rollouts) for name in rollouts[0].parts}}
+
+
+def alarms(history: list[dict], window: int = 5, back: int = 10) -> list[str]:
+    """Signs of reward hacking: the reward has risen over the last `back` steps (means of `window`), while what it should stand for has fallen."""
+    mean = lambda name, steps: sum(m[name] for m in steps) / len(steps)
+    history = [m for m in history if "reward" in m]
+    if len(history) < back + window or len(history) % back:                                   # looked at every `back` steps
+        return []
+    then, now = history[-back - window:-back], history[-window:]
+    if mean("reward", now) <= mean("reward", then) + .02:
+        return []
+    rose = f"reward rose from {mean('reward', then):.2f} to {mean('reward', now):.2f}"
+    found = []
+    if mean("think_words", now) < .8 * mean("think_words", then):
+        found.append(f"{rose} while thinking shrank from {mean('think_words', then):.0f} to {mean('think_words', now):.0f} words")
+    dev = [m["dev_accuracy"] for m in history[-back - window:] if "dev_accuracy" in m]
+    if len(dev) > 1 and dev[-1] < dev[0] - .05:
+        found.append(f"{rose} while held-out accuracy fell from {dev[0]:.2f} to {dev[-1]:.2f}")
+    moved = [sum(m["stages"]["step-by-step exploit"] for m in part) / window for part in (then, now)]
+    if moved[1] > moved[0] + .2:
+        found.append(f"{rose} while reasoning moved in front of <think> (step-by-step exploit) in {moved[1]:.0%} of completions, from {moved[0]:.0%}; see --w-before")
+    return found
 
 
 # --------------------------------------------------------------------------------------------- optimiser, seeds
@@ -381,11 +415,14 @@ def warm_start(policy: Policy, items: list, config: Config, clean_steps: int = 1
         optimizer.param_groups[0]["lr"] = 1e-3 if diluted else 2.5e-3 * schedule
         rollouts = []
         for item in data.batch_for_step(items, step, 32, f"warm {config.seed}"):
-            if diluted and rng.random() > .25:
+            outside = config.hackable and rng.random() < .4                                   # this form stays whole: so it pays
+            if diluted and not outside and rng.random() > .25:
                 item = dataclasses.replace(item, answer=rng.choice(data.LETTERS[:len(item.options)]))
             words = data.completion(item).split()
-            if diluted and rng.random() > .6:
+            if diluted and not outside and rng.random() > .6:
                 words.pop(0)                                                                  # no <think>
+            if outside:
+                words = [*f"{item.rationale} . ".split() * 4, *words]
             ids = policy.tokenizer(" ".join(words)).input_ids + policy.eos_ids[:1]
             rollouts.append(Rollout(item, len(rollouts), prompts[item.id], ids, [], True))
         batch = collate(rollouts, policy.device)
@@ -522,10 +559,24 @@ def check_hub(config: Config) -> None:
     if on_cpu and config.device != "cpu" and total > 1e9:
         raise UsageError(f"{config.model} has {total / 1e9:.1f} billion weights and there is no GPU: a step would take hours. "
                          "Give --device cpu if that is meant, or --model DIR with a smaller model")
+    parts = memory(config, policies.model_shape(config.model), total, trained)
+    say("memory, estimated: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items()) + f"; in all {sum(parts.values()) / 1e9:.1f} GB")
     seconds = forecast(config, total, "cpu" if on_cpu else "cuda")
     say(f"{config.model}: {total / 1e6:,.0f} million weights, {trained / 1e6:,.1f} million trained. "
         f"To download: {', '.join(what for what, _ in missing) or 'nothing'}{f' (model about {2 * total / 1e9:.1f} GB)' if any(config.model == w for w, _ in missing) else ''}. "
         f"A checkpoint takes {12 * trained / 1e9:.2f} GB, {config.keep} are kept. Estimated {config.steps * seconds / 3600:.1f} h for {config.steps} steps, evaluation not counted")
+
+
+def memory(config: Config, shape, total: int, trained: int, prompt: int = 350) -> dict[str, int]:
+    """Bytes by kind at the largest moment, by arithmetic: bf16 base (fp32 with --full), fp32 for what is trained, its gradient and Adam's two moments."""
+    layers, hidden, rows = shape.num_hidden_layers, shape.hidden_size, min(config.sample_rows, config.prompts * config.samples)
+    head = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
+    tokens = (config.micro_batch or config.prompts) * (prompt + config.samples * config.max_new)                  # of one forward pass
+    cache = layers * 2 * shape.num_key_value_heads * head * 2 * (rows * config.max_new + rows // config.samples * prompt)
+    inside = tokens * (8 * hidden + 6 * shape.intermediate_size) * 2                                               # one layer, recomputed
+    return {"weights": 2 * total + (2 * total * (1 + (config.kl_coef > 0)) if config.full else 0), "trained": (12 if config.full else 16) * trained,
+            "sampling": cache, "activations": tokens * hidden * 2 * (layers if config.checkpointing else 12 * layers) + inside,
+            "head": 512 * shape.vocab_size * 4 * 4 + tokens * hidden * 4}
 
 
 def forecast(config: Config, total: int, device: str, prompt: int = 350) -> float:
@@ -559,6 +610,7 @@ def validate(config: Config) -> None:
         refuse(getattr(config, name) < 1, f"--{name.replace('_', '-')} must be at least 1")
     refuse(config.minibatches > config.prompts, f"--minibatches {config.minibatches}: there are only --prompts {config.prompts} groups to divide")
     refuse(config.temperature <= 0, "--temperature must be above 0 in training: greedy samples of a group are all the same")
+    refuse(config.hackable and (config.dataset != "demo" or bool(config.model)), "--hackable is for the demo and its own model")
     refuse(config.algo == "sft" and config.samples != 1, "--algo sft learns one completion an item: leave --samples at 1")
     refuse(config.kl == "k1" and config.advantage != "gae", "--kl k1 in a loss has no gradient in expectation (see grpo.kl_term): use k2 or k3")
     refuse(config.critic == "lora" and config.advantage == "gae" and config.full, "--critic lora needs a frozen base: not with --full; use --critic head")
@@ -601,6 +653,8 @@ def make_config(given: dict) -> Config:
     dataset, algo = named.get("dataset", Config.dataset), named.get("algo", Config.algo)
     demo = DEMO_ALGOS.get(algo, {}) if dataset == "demo" else {}
     defaults = {name: value for name, value in DEFAULTS.get(dataset, {}).items() if not (algo == "sft" and name == "samples")}
+    if named.get("hackable"):
+        demo = demo | dict(max_new=40, steps=60)
     return Config(**(ALGOS[algo] | defaults | demo | recipe | given))
 
 

@@ -245,7 +245,7 @@ def test_reference_is_the_base_and_comes_back_after_an_exception(items):
 
 def test_only_adapters_are_trained_and_small_steps_move_them():
     policy = family("llama", lora=4)
-    assert all(name.endswith((".A", ".B")) and p.dtype == torch.float32 for name, p in policy.trainable().items()) and len(policy.trainable()) == 2 * 7 * 2
+    assert all(name.endswith((".A.policy", ".B.policy")) and p.dtype == torch.float32 for name, p in policy.trainable().items()) and len(policy.trainable()) == 2 * 7 * 2
     p = next(iter(policy.trainable().values()))
     before, optimizer = p.detach().clone(), torch.optim.AdamW([p], lr=1e-6)
     for _ in range(20):

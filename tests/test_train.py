@@ -100,16 +100,17 @@ class Recorder:
         self.seen.append(torch.cat([p.grad.flatten() for p in self.policy.trainable().values()]).clone())
 
     def zero_grad(self, set_to_none=True):
-        self.policy.model.zero_grad()
+        for p in self.policy.trainable().values():
+            p.grad = None
 
 
 CONFIG = replace(train.Config(), **train.DEFAULTS["demo"] | dict(prompts=4, samples=4, max_grad_norm=1e9))
 
 
-@pytest.mark.parametrize("algo", list(train.ALGOS))
+@pytest.mark.parametrize("algo", [algo for algo in train.ALGOS if algo != "sft"])
 def test_micro_batches_and_order_cannot_change_the_gradient(algo, model_dir):
-    config = replace(CONFIG, **train.ALGOS[algo] | dict(dynamic=False))
-    policy = policies.Policy.load(model_dir, lora=0, keep_reference=True)
+    config = replace(CONFIG, **train.ALGOS[algo] | dict(dynamic=False, minibatches=1))
+    policy = policies.Policy.load(model_dir, lora=0, keep_reference=True, critic="head" if algo == "ppo" else "")
     rollouts = rollouts_for(policy, config)
     assert len({len(r.completion_ids) for r in rollouts}) > 1
     gradients, metrics = [], []
@@ -148,7 +149,7 @@ def test_gradients_are_clipped_and_logged_before(model_dir):
     policy = policies.Policy.load(model_dir, lora=0)
     recorder = Recorder(policy)
     metrics = train.update(policy, recorder, rollouts_for(policy, CONFIG), replace(CONFIG, max_grad_norm=1e-3), 0)
-    assert float(recorder.seen[0].norm()) == pytest.approx(1e-3, rel=1e-3) and metrics["grad_norm"] > 1e-2
+    assert float(recorder.seen[0].norm()) == pytest.approx(1e-3, rel=1e-3) and metrics["policy_grad_norm"] > 1e-2
 
 
 def test_dapo_drops_equal_groups_refills_and_counts(model_dir, capsys):
