@@ -49,6 +49,8 @@ def load(dataset: str, split: str, data_dir: str | None = None, limit: int | Non
     """
     if split not in SPLITS:
         raise UsageError(f"no split {split!r}: there are {', '.join(SPLITS)}")
+    if limit is not None and limit < 1:
+        raise UsageError(f"the limit {limit} leaves no items: give at least 1")
     if dataset == "demo":
         items = demo_items(split)
     elif dataset in ("medqa", "medqa-4"):

@@ -86,7 +86,7 @@ class Config:
     temperature: float = setting(1.0, "of sampler, scorer and reference alike")
     max_new: int = setting(512, "new tokens a completion")
     updates: int = setting(1, "passes over a rollout")
-    minibatches: int = setting(1, "optimiser steps a pass")
+    minibatches: int = setting(1, "optimiser steps a pass, at most one a prompt")
     sample_rows: int = setting(256, "completions sampled at once, for memory only: their random numbers stay the same")
     micro_batch: int = setting(0, "prompts a forward pass, for memory only: the gradient stays the same; 0 = all")
     checkpointing: bool = setting(True, "recompute activations in the backward pass")
@@ -468,7 +468,7 @@ def restore(run: Path, policy: Policy, optimizer) -> int:
     policy.load_trainable(load_file(checkpoint / "policy.safetensors"))
     moments = load_file(checkpoint / "optimizer.safetensors")
     state: dict[int, dict] = {}
-    for i, name in enumerate(policy.trainable()):
+    for i, name in enumerate([*policy.trainable("policy"), *policy.trainable("critic")]):      # the order of the optimiser's groups
         state[i] = {key.rsplit("|", 1)[1]: value for key, value in moments.items() if key.rsplit("|", 1)[0] == name}
     optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
@@ -608,7 +608,6 @@ def validate(config: Config) -> None:
     refuse(not config.model and config.dataset != "demo", f"--dataset {config.dataset} needs --model: a Hugging Face folder or hub name")
     for name in ("prompts", "max_new", "max_prompt", "steps", "updates", "minibatches", "keep"):
         refuse(getattr(config, name) < 1, f"--{name.replace('_', '-')} must be at least 1")
-    refuse(config.minibatches > config.prompts, f"--minibatches {config.minibatches}: there are only --prompts {config.prompts} groups to divide")
     refuse(config.temperature <= 0, "--temperature must be above 0 in training: greedy samples of a group are all the same")
     refuse(config.hackable and (config.dataset != "demo" or bool(config.model)), "--hackable is for the demo and its own model")
     refuse(config.algo == "sft" and config.samples != 1, "--algo sft learns one completion an item: leave --samples at 1")

@@ -174,7 +174,7 @@ def test_same_seed_same_first_samples(model_dir):
 # --------------------------------------------------------------------------------------------- command line
 @pytest.mark.parametrize("flags, words", [
     (["--setps", "3"], "--steps"), (["--samples", "1"], "group of 1"), (["--top-p", "0.9"], "--top-p"), (["--algo", "gpro"], "choose from"),
-    (["--dataset", "nothing"], "--model"), (["--temperature", "0"], "above 0"), (["--w-format", "2"], "--w-format"), (["--minibatches", "99"], "99"),
+    (["--dataset", "nothing"], "--model"), (["--temperature", "0"], "above 0"), (["--w-format", "2"], "--w-format"),
     (["--device", "cuda"], "cuda"), (["--lora", "0", "--no-full"], "--full"), (["--steps", "x"], "invalid int"), (["--resume", "/nowhere"], "run.json"),
     (["--max-prompt", "5"], "--max-prompt 5")])
 def test_mistakes_get_one_line(flags, words, tmp_path, model_dir):
