@@ -180,7 +180,8 @@ def read_item(line: str, where: str, default_id: str, published: bool) -> tuple[
         raise UsageError(f"{where}: {len(line):,} characters; the limit is {MAX_LINE:,}")
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        json.dumps(row, ensure_ascii=False).encode()                          # half a character (a lone surrogate) could not be written again
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict):
         raise UsageError(f"{where}: a line must be one JSON object")
@@ -206,8 +207,8 @@ def read_item(line: str, where: str, default_id: str, published: bool) -> tuple[
 # --------------------------------------------------------------------------------- splits, order, batches
 def fingerprint(item: Item) -> str:
     """Hash of the normalised question *and* options: "Which of these is true?" alone occurs many times."""
-    text = "\n".join([item.question, *sorted(item.options)])
-    return hashlib.sha256(" ".join(text.split()).casefold().encode()).hexdigest()
+    flat = lambda text: " ".join(text.split()).casefold()
+    return hashlib.sha256("\n".join([flat(item.question), *sorted(map(flat, item.options))]).encode()).hexdigest()
 
 
 def set_fingerprint(items: list[Item]) -> str:

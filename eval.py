@@ -178,10 +178,14 @@ def load_items(config, split: str, limit: int | None) -> list[Item]:
     return [data.shuffle_options(item, config.seed) for item in items] if config.shuffle_options else items
 
 
-def seen_in_training(items: list[Item], run: dict, config) -> int:
-    """How many of the items stand in the training data of a run, by question and options."""
-    trained = data.load(run["dataset"], "train", config.data_dir or run["data_dir"] or None, run["limit"] or None)
-    return len(items) - len(data.without(items, trained))
+def seen_in_training(items: list[Item], run: dict) -> int | None:
+    """How many of the items stand in the training data of a run, by question and options. None where that data is not at hand."""
+    try:
+        train, dev, test = (data.load(run["dataset"], split, run["data_dir"] or None) for split in data.SPLITS)
+    except UsageError as error:
+        print(f"test items in the training data: not checked ({error})", file=sys.stderr)
+        return None
+    return len(items) - len(data.without(items, data.without(train, dev + test)[:run["limit"] or None]))
 
 
 def evaluate_model(name: str, args) -> list[tuple[dict, list]]:
@@ -198,7 +202,7 @@ def evaluate_model(name: str, args) -> list[tuple[dict, list]]:
             greedy = rollouts[:len(items)]
             result |= {"model": name, "dataset": config.dataset, "split": args.split, "style": config.style, "letters": letters(greedy)}
             if run:
-                result["seen_in_training"] = seen_in_training(items, run, config)
+                result["seen_in_training"] = seen_in_training(items, run)
             if args.likelihood:
                 right = option_likelihood(policy, items, f"{label}letters")
                 result |= {"likelihood_accuracy": sum(right) / len(right), "likelihood_ci95": list(wilson(sum(right), len(right)))}
@@ -209,9 +213,9 @@ def evaluate_model(name: str, args) -> list[tuple[dict, list]]:
 
 
 def compare(a: tuple[dict, list], b: tuple[dict, list]) -> dict:
-    """Two models on the same items: who is right where the other is not, exact McNemar, and the difference with a paired bootstrap over items."""
-    (first, rows_a), (second, rows_b) = a, b
-    right_a, right_b = ({r.item.id: r.correct for r in rows[:result["n"]]} for result, rows in (a, b))
+    """Two models on the same items (by question and options): who is right where the other is not, exact McNemar, the difference with a paired bootstrap."""
+    (first, _), (second, _) = a, b
+    right_a, right_b = ({data.fingerprint(r.item): r.correct for r in rows[:result["n"]]} for result, rows in (a, b))
     shared = [key for key in right_a if key in right_b]
     difference = [right_b[key] - right_a[key] for key in shared]
     return {"a": first["model"], "b": second["model"], "style_a": first["style"], "style_b": second["style"], "dataset": first["dataset"], "n": len(shared),
@@ -236,8 +240,13 @@ def table(results: list[dict]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="eval.py", description="Accuracy of models and runs, side by side; or an answer to one question.")
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):                                            # one line instead of the whole usage
+        raise UsageError(f"{message}; see --help")
+
+
+def parser() -> Parser:
+    p = Parser(prog="eval.py", description="Accuracy of models and runs, side by side; or an answer to one question.")
     p.add_argument("models", nargs="+", metavar="MODEL_OR_RUN", help="a run folder of train.py, a Hugging Face folder, or a hub name; each is compared with the first")
     p.add_argument("--dataset", nargs="+", help=f"{', '.join(data.DATASETS)}, or a JSONL path (default: the run's, else medqa)")
     p.add_argument("--data-dir", help="folder that holds the published files, instead of the hub")
@@ -263,19 +272,29 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     policies.quiet()
     for path in filter(None, (args.json, args.answers)):                      # before an hour of sampling, not after
-        if not Path(path).resolve().parent.is_dir():
-            raise UsageError(f"the folder of {path} does not exist")
+        if Path(path).is_dir() or not Path(path).resolve().parent.is_dir():
+            raise UsageError(f"{path} cannot be written: it is a folder, or its folder does not exist")
+    for name, least in (("limit", 1), ("max_new", 1), ("max_prompt", 1), ("samples", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}")
+    for name in args.models:
+        if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or not data.online()):
+            raise UsageError(f"{name}: no such folder" + ("" if "/" not in name else ", and the hub cannot be reached"))
     if args.ask:
         policy, run = policies.open_policy(args.models[0], policies.pick_device(args.device), **{k: v for k in ("template", "stop_answer") if (v := getattr(args, k))})
-        print(answer(policy, [Item("ask", "choice", args.ask, (), "")], settings(args, run))[0].text.strip())
+        print(answer(policy, [Item("ask", "choice", args.ask, (), "")], settings(args, run, style=(args.style or [None])[0]))[0].text.strip())
         return
     for name in args.models:                                                  # data first: a wrong name is answered before any model is loaded
         for dataset in args.dataset or [None]:
             load_items(settings(args, policies.read_run(name), dataset), args.split, args.limit)
     found = [evaluate_model(name, args) for name in args.models]
     results = [result for of_model in found for result, _ in of_model]
-    comparisons = [compare(a, b) for of_model in found[1:] for a, b in zip(found[0], of_model)]
+    comparisons = [compare(a, b) for of_model in found[1:] for a, b in zip(found[0], of_model) if a[0]["dataset"] == b[0]["dataset"]]
     comparisons += [compare(of_model[0], other) for of_model in found for other in of_model[1:] if other[0]["dataset"] == of_model[0][0]["dataset"]]
+    print(table(results))
+    for c in comparisons:
+        print(f"{c['dataset']}: {Path(c['b']).name} ({c['style_b']}) - {Path(c['a']).name} ({c['style_a']}) = {c['difference']:+.3f} "
+              f"[{c['difference_ci95'][0]:+.3f}, {c['difference_ci95'][1]:+.3f}] on {c['n']} shared items; right alone {c['only_b']} : {c['only_a']}, McNemar p {c['mcnemar_p']:.2g}")
     if args.json:
         content = results[0] if len(results) == 1 else {"results": results, "comparisons": comparisons}
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -284,10 +303,6 @@ def main(argv: list[str] | None = None) -> None:
                  "correct": r.correct, "finished": r.finished, "greedy": i < result["n"], "text": r.text}
                 for of_model in found for result, rollouts in of_model for i, r in enumerate(rollouts)]
         Path(args.answers).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(table(results))
-    for c in comparisons:
-        print(f"{c['dataset']}: {Path(c['b']).name} ({c['style_b']}) - {Path(c['a']).name} ({c['style_a']}) = {c['difference']:+.3f} "
-              f"[{c['difference_ci95'][0]:+.3f}, {c['difference_ci95'][1]:+.3f}] on {c['n']} shared items; right alone {c['only_b']} : {c['only_a']}, McNemar p {c['mcnemar_p']:.2g}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -265,6 +266,8 @@ class Policy:
         if init is not None:
             self._start_from(init)
         self.frozen = copy.deepcopy(model).requires_grad_(False) if keep_reference and not lora else None
+        if self.frozen is not None and self.device.type == "cuda":
+            self.frozen.to(torch.bfloat16)                                                        # its products are bf16 anyway: half the memory
         if checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             # The layers run again in the backward pass, when other adapters may be in force: each remembers its own.
@@ -291,7 +294,7 @@ class Policy:
             model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, attn_implementation="prompt_once")
         except UsageError:
             raise
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UsageError(f"cannot load {name_or_path}: {first_line(error)}. A model folder holds config.json, *.safetensors and a tokenizer; "
                              "a hub name needs a network") from None
         return cls(model.to(device), tokenizer, **kwargs)
@@ -306,10 +309,13 @@ class Policy:
         if self.chat:
             turn = self.tokenizer.apply_chat_template([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}], tokenize=False)
             after = self.tokenizer(turn.rsplit("ANSWER", 1)[-1], add_special_tokens=False).input_ids
-            ids.update(after[:1] if after[:1] and after[0] in self.tokenizer.all_special_ids else [])
+            closing = [token for token in after[:1] if token in self.tokenizer.all_special_ids]
+            ids.update(closing)
         ids.discard(None)
         if not ids:
             raise UsageError("neither the tokenizer nor the generation config names an EOS token: no completion could end")
+        own = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else sorted(ids)
+        self.end_id = (closing if self.chat and closing else own)[0]                              # what supervised fine-tuning teaches to end with
         return sorted(ids)
 
     def prompt(self, item: Item, style: str = "think") -> list[int]:
@@ -585,6 +591,10 @@ def pick_device(name: str) -> str:
     """auto -> cuda where there is one, else cpu."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: use auto, cpu, cuda or cuda:N") from None
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
     return name
@@ -599,7 +609,10 @@ def quiet() -> None:
 def read_run(path: str) -> dict:
     """The config of a run folder, {} where `path` is none (a model folder or a hub name)."""
     file = Path(path) / "run.json"
-    return json.loads(file.read_text(encoding="utf-8"))["config"] if file.is_file() else {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["config"] if file.is_file() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is damaged ({type(error).__name__}: {error}): start a new run") from None
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -644,7 +657,7 @@ def open_policy(path: str, device: str, **kwargs) -> tuple[Policy, dict]:
     """A run folder's newest checkpoint, a model folder or a hub name -> the policy, and the run's config ({} for a model)."""
     config = read_run(path)
     if not config:
-        return Policy.load(path, device, lora=0, **kwargs), {}
+        return Policy.load(path, device, torch.bfloat16 if device.startswith("cuda") else torch.float32, lora=0, **kwargs), {}
     checkpoint = newest_checkpoint(Path(path))
     if checkpoint is None:
         raise UsageError(f"{path} is a run without a finished checkpoint: resume it with train.py --resume {path}")

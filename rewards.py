@@ -95,9 +95,9 @@ def match_option(answer: str | None, options: tuple[str, ...]) -> str:
         return ""                                               # far longer than every option: none of them, whatever it holds
     answer, texts = normal(answer), [normal(option) for option in options]
     for fold in (str, str.casefold):                            # "AA" and "Aa" are two genotypes: exact case first
-        alike = "".join(letter for letter, text in zip(LETTERS, texts) if fold(text) == fold(answer))
-        if alike:
-            return alike
+        alike = [letter for letter, text in zip(LETTERS, texts) if fold(text) == fold(answer)]
+        if alike:                                               # several only where they read the same: "aa" is neither "AA" nor "Aa"
+            return "".join(alike) if len({texts[LETTERS.index(letter)] for letter in alike}) == 1 else ""
     letters = LETTERS[:len(options)]
     lone = _LETTER.fullmatch(answer)
     if lone and lone[1].upper() in letters:
@@ -120,7 +120,7 @@ VERBOSE_TOKENS = 256        # a completion above this is "needlessly long"; our 
 def gives_away(parsed: Parsed, item) -> bool:
     """The think block is short and already names the answer that follows: its option's text, or "answer is B" / a lone letter at its end."""
     words = parsed.think.split()
-    if len(words) >= SHORT_WORDS or not parsed.answer:
+    if len(words) >= SHORT_WORDS or len(parsed.think) > 100 * SHORT_WORDS or not parsed.answer:
         return False
     think = normal(" ".join(words)).casefold()
     for letter in match_option(parsed.answer, item.options):

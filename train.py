@@ -120,7 +120,7 @@ class Config:
 # Flags beat a data set's defaults, and both beat the algorithm's row. Learning rates are for adapters unless said otherwise.
 DEFAULTS = {
     "demo": dict(full=True, steps=100, prompts=16, samples=8, max_new=12, lr=1e-3, warmup=10, checkpointing=False, kl_coef=0.0, eval_samples=4),
-    "medqa": dict(model="Qwen/Qwen2.5-3B", template="plain", steps=300, lr=1e-5, max_new=512),      # base model, as in the paper; the rest is our choice
+    "medqa": dict(model="Qwen/Qwen2.5-3B", template="plain", steps=300, lr=1e-5, max_new=512, micro_batch=2),      # base model, as in the paper; the rest is our choice
 }
 DEFAULTS["medqa-4"] = DEFAULTS["medqa"]
 DEMO_ALGOS = {         # what the demo needs beside them; settings that worked in trials
@@ -159,7 +159,7 @@ def train(config: Config, run: Path, policy: Policy, splits: dict) -> None:
     optimizer = make_optimizer(policy, config)
     first = restore(run, policy, optimizer)
     log = Log(run, first)
-    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    history = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="train", unit="step", disable=None)
     for step in bar:
         start = time.perf_counter()
@@ -223,7 +223,7 @@ def demonstrations(policy: Policy, items: list, config: Config, step: int) -> tu
 
 def demonstration(policy: Policy, item, group: int, config: Config) -> Rollout:
     text = data.completion(item, config.style)
-    ids = policy.tokenizer(text if policy.chat else " " + text, add_special_tokens=False).input_ids + policy.eos_ids[:1]
+    ids = policy.tokenizer(text if policy.chat else " " + text, add_special_tokens=False).input_ids + [policy.end_id]
     return evaluation.graded(Rollout(item, group, policy.prompt(item, config.style), ids, [0.0] * len(ids), True, text), config)
 
 
@@ -423,7 +423,7 @@ def warm_start(policy: Policy, items: list, config: Config, clean_steps: int = 1
                 words.pop(0)                                                                  # no <think>
             if outside:
                 words = [*f"{item.rationale} . ".split() * 4, *words]
-            ids = policy.tokenizer(" ".join(words)).input_ids + policy.eos_ids[:1]
+            ids = policy.tokenizer(" ".join(words)).input_ids + [policy.end_id]
             rollouts.append(Rollout(item, len(rollouts), prompts[item.id], ids, [], True))
         batch = collate(rollouts, policy.device)
         (-policy.score(batch).logps.sum() / batch.mask.sum()).backward()
@@ -471,7 +471,11 @@ def restore(run: Path, policy: Policy, optimizer) -> int:
     for i, name in enumerate([*policy.trainable("policy"), *policy.trainable("critic")]):      # the order of the optimiser's groups
         state[i] = {key.rsplit("|", 1)[1]: value for key, value in moments.items() if key.rsplit("|", 1)[0] == name}
     optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
+    step = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
+    for later in (run / "checkpoints").glob("[0-9]*[0-9]"):                                   # damaged ones: they must not count among those to keep
+        if int(later.name) > step:
+            shutil.rmtree(later)
+    return step
 
 
 class Log:
@@ -481,7 +485,7 @@ class Log:
         self.files = {}
         for name in ("metrics", "rollouts", "timing"):
             path = run / f"{name}.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            lines = path.open(encoding="utf-8").readlines() if path.exists() else []          # not splitlines: a text may hold U+2028
             whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             beside = path.with_suffix(".tmp")
             beside.write_text("".join(whole), encoding="utf-8")
@@ -505,8 +509,7 @@ class Log:
 # --------------------------------------------------------------------------------------------- setting up
 def load_splits(config: Config) -> dict[str, list]:
     """train, dev and test, no item in two of them; what was dropped is said."""
-    splits = {name: data.load(config.dataset, name, config.data_dir or None, (config.eval_limit if name != "train" else config.limit) or None)
-              for name in data.SPLITS}
+    splits = {name: data.load(config.dataset, name, config.data_dir or None) for name in data.SPLITS}
     for name, held_out in (("dev", splits["test"]), ("train", splits["dev"] + splits["test"])):
         kept = data.without(splits[name], held_out)
         if len(kept) < len(splits[name]):
@@ -514,6 +517,7 @@ def load_splits(config: Config) -> dict[str, list]:
         if not kept:
             raise UsageError(f"{config.dataset}: no item of {name} is left that is not held out")
         splits[name] = kept
+    splits = {name: items[:(config.limit if name == "train" else config.eval_limit) or None] for name, items in splits.items()}
     if config.shuffle_options:
         splits = {name: [data.shuffle_options(item, config.seed) for item in items] for name, items in splits.items()}
     return splits
@@ -529,14 +533,16 @@ def first_policy(config: Config, run: Path, splits: dict, results: dict) -> None
     policy.tokenizer.save_pretrained(run / "model")
 
 
-def initial_weights(config: Config) -> dict[str, Tensor] | None:
-    """The trained weights of the run that --init names; refused where that run began from another model."""
+def initial_weights(config: Config, run: Path) -> dict[str, Tensor] | None:
+    """The trained weights of the run that --init names; refused where that run began from another model. A copy in our own folder serves when we resume."""
     if not config.init:
         return None
+    if (run / "init.safetensors").exists():
+        return load_file(run / "init.safetensors")
     saved, checkpoint = policies.read_run(config.init), policies.newest_checkpoint(Path(config.init))
     if not saved or checkpoint is None:
         raise UsageError(f"--init {config.init}: no run with a finished checkpoint is there")
-    for name in ("model", "full", "lora", "lora_targets"):
+    for name in ("model", "full", "lora", "lora_alpha", "lora_targets"):
         if saved[name] != getattr(config, name) and not (name.startswith("lora") and config.full):
             raise UsageError(f"--init {config.init}: that run has --{name.replace('_', '-')} {saved[name]!r}, this one {getattr(config, name)!r}")
     return load_file(checkpoint / "policy.safetensors")
@@ -547,6 +553,8 @@ def check_hub(config: Config) -> None:
     import huggingface_hub
     cached = lambda repo, name, kind: isinstance(huggingface_hub.try_to_load_from_cache(repo, name, repo_type=kind), str)
     missing = []
+    if not Path(config.model).is_dir() and (config.model.startswith((".", "/", "~")) or config.model.count("/") > 1):
+        raise UsageError(f"--model {config.model}: there is no such folder")
     if not Path(config.model).is_dir() and not cached(config.model, "config.json", "model"):
         missing.append((config.model, "--model DIR with a model folder"))
     if config.dataset in ("medqa", "medqa-4") and not config.data_dir and not cached("bigbio/med_qa", "data_clean.zip", "dataset"):
@@ -568,13 +576,14 @@ def check_hub(config: Config) -> None:
 
 
 def memory(config: Config, shape, total: int, trained: int, prompt: int = 350) -> dict[str, int]:
-    """Bytes by kind at the largest moment, by arithmetic: bf16 base (fp32 with --full), fp32 for what is trained, its gradient and Adam's two moments."""
+    """Bytes by kind at the largest moment, by arithmetic: a bf16 base (--full: fp32 weights and their bf16 copy), gradient and Adam's two moments in fp32."""
     layers, hidden, rows = shape.num_hidden_layers, shape.hidden_size, min(config.sample_rows, config.prompts * config.samples)
     head = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
     tokens = (config.micro_batch or config.prompts) * (prompt + config.samples * config.max_new)                  # of one forward pass
     cache = layers * 2 * shape.num_key_value_heads * head * 2 * (rows * config.max_new + rows // config.samples * prompt)
     inside = tokens * (8 * hidden + 6 * shape.intermediate_size) * 2                                               # one layer, recomputed
-    return {"weights": 2 * total + (2 * total * (1 + (config.kl_coef > 0)) if config.full else 0), "trained": (12 if config.full else 16) * trained,
+    reference = 2 * total if config.full and config.kl_coef else 0                                                 # adapters off costs nothing, a copy does
+    return {"weights": (4 + 2) * total + reference if config.full else 2 * total, "trained": (12 if config.full else 16) * trained,
             "sampling": cache, "activations": tokens * hidden * 2 * (layers if config.checkpointing else 12 * layers) + inside,
             "head": 512 * shape.vocab_size * 4 * 4 + tokens * hidden * 4}
 
@@ -606,28 +615,31 @@ def validate(config: Config) -> None:
             raise UsageError(message)
     refuse(config.samples < 2 and config.advantage == "group" and config.algo != "sft", f"--samples {config.samples}: {config.algo} compares the samples of a group, and a group of 1 has nothing to compare; use at least 2")
     refuse(not config.model and config.dataset != "demo", f"--dataset {config.dataset} needs --model: a Hugging Face folder or hub name")
-    for name in ("prompts", "max_new", "max_prompt", "steps", "updates", "minibatches", "keep"):
-        refuse(getattr(config, name) < 1, f"--{name.replace('_', '-')} must be at least 1")
+    for least, names in ((1, ("prompts", "samples", "sample_rows", "max_new", "max_prompt", "steps", "updates", "minibatches", "keep")),
+                         (0, ("micro_batch", "eval_samples", "eval_every", "save_every", "min_think", "refills", "limit", "eval_limit", "warmup", "critic_warmup", "kl_coef",
+                              "w_leak", "w_before", "w_short", "w_overlong", "log_groups", "value_clip", "dual_clip"))):
+        for name in names:
+            refuse(not getattr(config, name) >= least, f"--{name.replace('_', '-')} must be at least {least}")
     refuse(config.temperature <= 0, "--temperature must be above 0 in training: greedy samples of a group are all the same")
     refuse(config.hackable and (config.dataset != "demo" or bool(config.model)), "--hackable is for the demo and its own model")
     refuse(config.algo == "sft" and config.samples != 1, "--algo sft learns one completion an item: leave --samples at 1")
-    refuse(config.kl == "k1" and config.advantage != "gae", "--kl k1 in a loss has no gradient in expectation (see grpo.kl_term): use k2 or k3")
+    gae = config.advantage == "gae"
+    refuse(config.kl == "k1" and not gae, "--kl k1 in a loss has no gradient in expectation (see grpo.kl_term): use k2 or k3")
+    refuse(gae and config.kl != "k1", f"--advantage gae puts the KL into the reward, where it must be --kl k1, not {config.kl}")
+    refuse(gae and config.dynamic, "--dynamic filters groups, and --advantage gae compares with a critic: leave one out")
+    refuse(not 0 <= config.beta2 < 1 or config.weight_decay < 0 or not config.max_grad_norm > 0, "--beta2 must be in [0, 1), --weight-decay at least 0, --max-grad-norm above 0")
+    refuse(not 0 <= config.gamma <= 1 or not 0 <= config.lam <= 1, "--gamma and --lam must be in [0, 1]")
     refuse(config.critic == "lora" and config.advantage == "gae" and config.full, "--critic lora needs a frozen base: not with --full; use --critic head")
     refuse(config.lora < 1 and not config.full, "--lora 0 trains nothing: use --full to train all weights")
     refuse(not 0 <= config.w_format <= 1, "--w-format must be between 0 and 1: a format reward above the 1 of a right answer would be the goal")
     refuse(not 0 < config.overlong_share <= 1, "--overlong-share must be above 0 and at most 1")
-    refuse(config.lr <= 0, "--lr must be above 0")
+    refuse(not 0 < config.lr < 1 or not 0 < config.value_lr < 1, "--lr and --value-lr must be above 0 and below 1")
     refuse(not 0 <= config.clip_low < 1 or config.clip_high < 0, "--clip-low must be in [0, 1) and --clip-high at least 0")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):                                                            # one line instead of the whole usage
-        raise UsageError(message)
 
 
 def read_flags(argv: list[str] | None) -> tuple[dict, Path | None]:
     """The flags that were given, by field name, and the folder of --resume."""
-    p = Parser(prog="train.py", description="Reinforcement fine-tuning with verifiable rewards. Without flags: the demo.", allow_abbrev=False)
+    p = evaluation.Parser(prog="train.py", description="Reinforcement fine-tuning with verifiable rewards. Without flags: the demo.", allow_abbrev=False)
     p.add_argument("--recipe", choices=tuple(RECIPES), default=argparse.SUPPRESS, help="a published setting; flags beat it")
     p.add_argument("--resume", metavar="RUN", help="go on with a run where its newest checkpoint stands; of the flags only --steps and --device may change")
     for f in fields(Config):
@@ -661,9 +673,13 @@ def resumed_config(run: Path, given: dict) -> Config:
     saved = policies.read_run(str(run))
     if not saved:
         raise UsageError(f"--resume {run}: there is no run.json; a run folder is what --out named")
-    changed = [name for name, value in given.items() if name not in ("steps", "device", "out") and value != saved[name]]
+    if set(saved) != {f.name for f in fields(Config)}:
+        raise UsageError(f"--resume {run}: that run was written by another version of train.py")
+    changed = [name for name, value in given.items() if name not in ("steps", "device", "out") and value != saved.get(name)]
     if changed:
         name = changed[0]
+        if name == "recipe":
+            raise UsageError(f"--resume {run}: a run keeps the settings it began with; leave --recipe out")
         raise UsageError(f"--resume {run}: that run has --{name.replace('_', '-')} {saved[name]!r}, not {given[name]!r}; start a new run to change it")
     return Config(**(saved | given | {"out": str(run)}))
 
@@ -682,7 +698,8 @@ def main(argv: list[str] | None = None) -> None:
     run = Path(config.out or next_free(config))
     if run.exists() and not resume:
         raise UsageError(f"--out {run} exists: go on with it by --resume {run}, or name another folder")
-    config.device, config.out = policies.pick_device(config.device) if config.dataset == "demo" else config.device, str(run)
+    config.out = str(run)
+    policies.pick_device(config.device)                                                       # a GPU that is not there is said before anything is loaded
     if config.model:
         check_hub(config)
     splits = load_splits(config)
@@ -693,24 +710,30 @@ def main(argv: list[str] | None = None) -> None:
         if saved["data"] != facts["data"]:
             raise UsageError(f"--resume {run}: the data set is not the one that this run began with")
     results = json.loads((run / "eval.json").read_text(encoding="utf-8")) if resume and (run / "eval.json").exists() else {}
+    init = initial_weights(config, run)
     if not config.model and not (run / "model" / "config.json").exists():
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "run.json", facts)                                                   # so that a kill from here on leaves a run to resume
         if config.init:
             shutil.copytree(Path(config.init) / "model", run / "model")
         else:
             first_policy(config, run, splits, results)
+            write_json(run / "eval.json", results)
     policy = Policy.load(policies.base_model(run, asdict(config)), policies.pick_device(config.device), checkpointing=config.checkpointing,
                          keep_reference=config.kl_coef > 0 and config.algo != "sft", critic=config.critic if config.advantage == "gae" else "",
-                         init=initial_weights(config), **policies.policy_settings(asdict(config)))
+                         init=init, **policies.policy_settings(asdict(config)))
     splits = {name: evaluation.fitting(policy, items, config, f"{name}: ") for name, items in splits.items()}
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "run.json", facts)
+    if init is not None:
+        save_file(init, run / "init.safetensors")
     print(f"run folder {run}", file=sys.stderr)
     if "before" not in results:
-        results["before"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, label="before ")
+        results["before"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, seed=config.seed, label="before ")
         write_json(run / "eval.json", results)
         say(f"before: {evaluation.as_line(results['before'])}")
     train(config, run, policy, splits)
-    results["after"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, label="after ")
+    results["after"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, seed=config.seed, label="after ")
     write_json(run / "eval.json", results)
     say(f"after: {evaluation.as_line(results['after'])}")
     before, after = results["before"], results["after"]

@@ -59,8 +59,8 @@ def test_dash_without_spaces_is_a_sign():
 
 
 def test_alike_options_are_both_right():
-    item = replace(ITEM, options=("Heparin", "Warfarin", "heparin"), answer="C")
-    assert match_option("heparin.", item.options) == "C" and match_option("HEPARIN", item.options) == "AC"
+    item = replace(ITEM, options=("Heparin", "Warfarin", "Heparin"), answer="C")
+    assert match_option("heparin.", item.options) == "AC" and match_option("aa", ("AA", "Aa", "BB")) == ""
     assert grade(item, think("HEPARIN"), CONFIG).correct
     assert not grade(item, think("A"), CONFIG).correct                        # the letter names one of them, and the wrong one
 

@@ -50,6 +50,8 @@ def artefacts(out: Path) -> dict:
 def test_a_resumed_run_is_the_same_run(model_dir, tmp_path, flags):
     whole = run(model_dir, tmp_path / "whole", *flags)
     half = run(model_dir, tmp_path / "half", *flags, "--steps", "3")
+    rollouts = half / "rollouts.jsonl"
+    rollouts.write_text(rollouts.read_text() + json.dumps({"step": 9, "text": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n", encoding="utf-8")
     with (half / "metrics.jsonl").open("a") as f:
         f.write('{"step": 4, "reward"')                                       # as a kill in the middle of a line would leave it
     train.main(["--resume", str(half), "--steps", "6"])
@@ -175,7 +177,8 @@ def test_same_seed_same_first_samples(model_dir):
 @pytest.mark.parametrize("flags, words", [
     (["--setps", "3"], "--steps"), (["--samples", "1"], "group of 1"), (["--top-p", "0.9"], "--top-p"), (["--algo", "gpro"], "choose from"),
     (["--dataset", "nothing"], "--model"), (["--temperature", "0"], "above 0"), (["--w-format", "2"], "--w-format"),
-    (["--device", "cuda"], "cuda"), (["--lora", "0", "--no-full"], "--full"), (["--steps", "x"], "invalid int"), (["--resume", "/nowhere"], "run.json"),
+    (["--device", "cuda"], "cuda"), (["--lora", "0", "--no-full"], "--full"), (["--device", "gpu"], "--device gpu"), (["--model", "./no/such"], "no such folder"), (["--lr", "nan"], "--lr"),
+    (["--micro-batch", "-1"], "--micro-batch"), (["--algo", "ppo", "--kl", "k3"], "k1"), (["--init", "nowhere"], "--init nowhere"), (["--steps", "x"], "invalid int"), (["--resume", "/nowhere"], "run.json"),
     (["--max-prompt", "5"], "--max-prompt 5")])
 def test_mistakes_get_one_line(flags, words, tmp_path, model_dir):
     if "--max-prompt" in flags:
@@ -202,7 +205,7 @@ def test_an_existing_folder_is_not_overwritten_and_a_resume_changes_nothing_else
         run(model_dir, out)
     other = tmp_path / "other"
     shutil.copytree(model_dir, other)
-    for flags, words in ((["--model", str(other)], "--model"), (["--lr", "0.5"], "--lr")):
+    for flags, words in ((["--model", str(other)], "--model"), (["--lr", "0.5"], "--lr"), (["--recipe", "med-rlvr"], "--recipe")):
         with pytest.raises(UsageError, match=words):
             train.main(["--resume", str(out), *flags])
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

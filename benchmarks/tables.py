@@ -1,0 +1,52 @@
+"""Writes the README's tables from benchmarks/results/*.json: `python benchmarks/tables.py`; `--check` fails where they differ."""
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def demo(found: dict) -> str:
+    rows = ["| `--algo` | seed | clean warm start | start | after | time |", "|---|---|---|---|---|---|"]
+    cell = lambda r: f"{r['sampled_accuracy']:.3f} / {r['accuracy']:.3f}"
+    for r in found["rows"]:
+        interval = "[{:.3f}, {:.3f}]".format(*r["after"]["ci95"])
+        rows.append(f"| {r['algo']} | {r['seed']} | {cell(r['clean'])} | {cell(r['before'])} | **{cell(r['after'])}** {interval} | {r['seconds']:.0f} s |")
+    best = [r["explained_variance_best5"] for r in found["rows"] if "explained_variance_best5" in r]
+    return "\n".join(rows) + (f"\n\nAccuracy on {found['rows'][0]['after']['n']} held-out vignettes: sampled at temperature 1 / greedy [95% Wilson interval of the greedy one]. "
+                              f"{found['machine']}. PPO's critic: explained variance up to {min(best):.2f} to {max(best):.2f} (best mean of five steps, by seed).")
+
+
+def speed(found: dict) -> str:
+    rows = ["| part | prompt once | prompt 8 times | ratio (median; all pairs) |", "|---|---|---|---|"]
+    names = {"sampling": "sampling, against Hugging Face `generate`", "scoring": "log-probs and backward, against the replicated forward"}
+    for name, text in names.items():
+        r = found[name]
+        rows.append(f"| {text} | {r['seconds']:.1f} s | {r['peer_seconds']:.1f} s | **{r['ratio']:.1f}** ({', '.join(f'{x:.1f}' for x in r['ratios'])}) |")
+    return "\n".join(rows) + (f"\n\n{found['prompts']} prompts of about {found['prompt_tokens']} tokens, {found['samples']} samples of {found['max_new']} tokens, {found['threads']} CPU threads; "
+                              f"ratio of token counts {found['token_ratio']:.1f}. GPU: not measured.")
+
+
+def real(found: dict) -> str:
+    rows = ["| seed | well formed, first five steps | last five steps | accuracy, first and last five |", "|---|---|---|---|"]
+    share = lambda x: f"{x['share']:.2f} [{x['ci95'][0]:.2f}, {x['ci95'][1]:.2f}]"
+    rows += [f"| {r['seed']} | {share(r['formed_first'])} | {share(r['formed_last'])} | {r['accuracy_first']:.2f}, {r['accuracy_last']:.2f} |" for r in found["rows"]]
+    return found["text"] + "\n\n" + "\n".join(rows)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = before = readme.read_text(encoding="utf-8")
+    for name, file, render in (("demo", "demo", demo), ("speed", "prompt_once", speed), ("real", "real", real)):
+        path = ROOT / "benchmarks" / "results" / f"{file}.json"
+        if path.exists():
+            table = render(json.loads(path.read_text(encoding="utf-8")))
+            text = re.sub(rf"(<!-- {name} table[^>]*-->\n).*?(<!-- /{name} table -->)", lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
+    if "--check" in sys.argv:
+        raise SystemExit("README.md: its tables are not those of benchmarks/results: run python benchmarks/tables.py" if text != before else 0)
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
