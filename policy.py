@@ -459,18 +459,16 @@ class Policy:
 
         The logits of a chunk are computed again in the backward pass, so memory grows with D x length, not with vocabulary x length.
         """
-        def chunk(h, target):                                                                     # [m, D], [m]
+        chunks, entropies = list(zip(hidden.split(self.head_chunk), targets.split(self.head_chunk))), []
+        def chunk(h, target):                                                                     # [m, D], [m] -> [m]
             logits = self._logits(h, temperature)                                                 # [m, V]
             total = logits.logsumexp(-1)
-            with torch.no_grad():
-                entropy = total - ((logits - total[:, None]).exp() * logits).sum(-1)
-            return logits.gather(1, target[:, None])[:, 0] - total, entropy
-        if torch.is_grad_enabled():
-            parts = [checkpoint(chunk, h, y, use_reentrant=False) for h, y in zip(hidden.split(self.head_chunk), targets.split(self.head_chunk))]
-        else:
-            parts = [chunk(h, y) for h, y in zip(hidden.split(self.head_chunk), targets.split(self.head_chunk))]
-        logps, entropy = (torch.cat(x) for x in zip(*parts))
-        return logps, entropy
+            if len(entropies) < len(chunks):                                                      # the first time, not when it runs again
+                with torch.no_grad():
+                    entropies.append(total - ((logits - total[:, None]).exp_() * logits).sum(-1))
+            return logits.gather(1, target[:, None])[:, 0] - total
+        again = (lambda h, y: checkpoint(chunk, h, y, use_reentrant=False)) if torch.is_grad_enabled() else chunk
+        return torch.cat([again(h, y) for h, y in chunks]), torch.cat(entropies)
 
     @contextmanager
     def reference(self):
