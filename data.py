@@ -106,6 +106,17 @@ def mmlu_pro_items(split: str, data_dir: str | None) -> list[Item]:
     return read_jsonl((json.dumps(row | {"id": f"mmlu-pro-{row['question_id']}"}) for row in health), path, "mmlu-pro-health", split, published=True)
 
 
+def is_path(name: str) -> bool:
+    """Whether a model's name can only be a folder: a hub name has at most one slash, between two words."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def cached(repo: str, name: str, kind: str) -> bool:
+    """Whether a file of a hub "model" or "dataset" is on this machine already."""
+    import huggingface_hub
+    return isinstance(huggingface_hub.try_to_load_from_cache(repo, name, repo_type=kind), str)
+
+
 def online() -> bool:
     """Whether the hub answers within four seconds (its own client would retry for half a minute)."""
     import huggingface_hub

@@ -278,8 +278,8 @@ def main(argv: list[str] | None = None) -> None:
         if (value := getattr(args, name)) is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}")
     for name in args.models:
-        if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or not data.online()):
-            raise UsageError(f"{name}: no such folder" + ("" if "/" not in name else ", and the hub cannot be reached"))
+        if not Path(name).is_dir() and (data.is_path(name) or not data.cached(name, "config.json", "model") and not data.online()):
+            raise UsageError(f"{name}: no such folder" + ("" if data.is_path(name) else ", and the hub cannot be reached"))
     if args.ask:
         policy, run = policies.open_policy(args.models[0], policies.pick_device(args.device), **{k: v for k in ("template", "stop_answer") if (v := getattr(args, k))})
         print(answer(policy, [Item("ask", "choice", args.ask, (), "")], settings(args, run, style=(args.style or [None])[0]))[0].text.strip())

@@ -550,14 +550,12 @@ def initial_weights(config: Config, run: Path) -> dict[str, Tensor] | None:
 
 def check_hub(config: Config) -> None:
     """Before anything large is fetched: is everything here or within reach, and can this machine hold it? Says what will be downloaded and written."""
-    import huggingface_hub
-    cached = lambda repo, name, kind: isinstance(huggingface_hub.try_to_load_from_cache(repo, name, repo_type=kind), str)
     missing = []
-    if not Path(config.model).is_dir() and (config.model.startswith((".", "/", "~")) or config.model.count("/") > 1):
+    if not Path(config.model).is_dir() and data.is_path(config.model):
         raise UsageError(f"--model {config.model}: there is no such folder")
-    if not Path(config.model).is_dir() and not cached(config.model, "config.json", "model"):
+    if not Path(config.model).is_dir() and not data.cached(config.model, "config.json", "model"):
         missing.append((config.model, "--model DIR with a model folder"))
-    if config.dataset in ("medqa", "medqa-4") and not config.data_dir and not cached("bigbio/med_qa", "data_clean.zip", "dataset"):
+    if config.dataset in ("medqa", "medqa-4") and not config.data_dir and not data.cached("bigbio/med_qa", "data_clean.zip", "dataset"):
         missing.append(("MedQA (132 MB)", "--data-dir DIR with the unpacked data_clean.zip of bigbio/med_qa"))
     if missing and not data.online():
         raise UsageError(f"not on this machine, and the hub cannot be reached: {' and '.join(what for what, _ in missing)}. "

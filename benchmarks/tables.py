@@ -28,6 +28,17 @@ def speed(found: dict) -> str:
                               f"ratio of token counts {found['token_ratio']:.1f}. GPU: not measured.")
 
 
+def compare(found: dict) -> str:
+    rows = ["| trained by | greedy | sampled | maj@4 | pass@4 | same answer when options rotate |", "|---|---|---|---|---|---|"]
+    cell = lambda value, ci: f"{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]"
+    for r in found["results"]:
+        rows.append(f"| {Path(r['model']).name} | {cell(r['accuracy'], r['ci95'])} | {cell(r['sampled_accuracy'], r['sampled_ci95'])} | {r['maj_at_k']:.3f} | "
+                    f"{r['pass_at_k']['4']:.3f} | {r['rotated_agreement']:.3f} |")
+    lines = [f"{Path(c['b']).name} against {Path(c['a']).name}: {c['difference']:+.3f} [{c['difference_ci95'][0]:+.3f}, {c['difference_ci95'][1]:+.3f}], McNemar's p {c['mcnemar_p']:.2f}"
+             for c in found["comparisons"]]
+    return "\n".join(rows) + f"\n\n{'; '.join(lines)} (greedy, {found['comparisons'][0]['n']} items)."
+
+
 def real(found: dict) -> str:
     rows = ["| seed | well formed, first five steps | last five steps | accuracy, first and last five |", "|---|---|---|---|"]
     share = lambda x: f"{x['share']:.2f} [{x['ci95'][0]:.2f}, {x['ci95'][1]:.2f}]"
@@ -38,7 +49,7 @@ def real(found: dict) -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = before = readme.read_text(encoding="utf-8")
-    for name, file, render in (("demo", "demo", demo), ("speed", "prompt_once", speed), ("real", "real", real)):
+    for name, file, render in (("demo", "demo", demo), ("speed", "prompt_once", speed), ("compare", "demo_compare", compare), ("real", "real", real)):
         path = ROOT / "benchmarks" / "results" / f"{file}.json"
         if path.exists():
             table = render(json.loads(path.read_text(encoding="utf-8")))
