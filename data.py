@@ -329,16 +329,16 @@ def demo_items(split: str) -> list[Item]:
     """
     names, rng, seen = list(CONDITIONS), random.Random("demo"), set()
     items: dict[str, list[Item]] = {"train": [], "dev": [], "test": []}
-    held_out = {name: frozenset(rng.sample(CONDITIONS[name].split(), 3)) for name in names}
+    held_out = {name: rng.sample(CONDITIONS[name].split(), 3) for name in names}                  # lists: the order of a set of words differs between processes
     for part, size in _DEMO_SIZES.items():
         while len(items[part]) < size:
             name = names[len(items[part]) % len(names)]
-            pool = [c for k in (2, 3) for c in combinations(CONDITIONS[name].split(), k) if set(c) != held_out[name]]
-            findings = list(rng.choice(pool) if part == "train" else held_out[name])
-            rng.shuffle(findings)
+            pool = [c for k in (2, 3) for c in combinations(CONDITIONS[name].split(), k) if set(c) != set(held_out[name])]
+            findings = rng.choice(pool) if part == "train" else held_out[name]
+            findings = rng.sample(findings, len(findings))
             options = rng.sample([n for n in names if n != name], 4) + [name]
             rng.shuffle(options)
-            question = (f"a {rng.choice(_AGES)} {rng.choice(('man', 'woman'))} has {' and '.join(sorted(findings, key=findings.index))} . "
+            question = (f"a {rng.choice(_AGES)} {rng.choice(('man', 'woman'))} has {' and '.join(findings)} . "
                         "which diagnosis ?")
             item = Item(f"demo-{part}-{len(items[part])}", "choice", question, tuple(options), LETTERS[options.index(name)],
                         rationale=f"findings suggest {name}")

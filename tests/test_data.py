@@ -1,7 +1,11 @@
 """Data: what is read, what is refused and where, and the order of items."""
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -107,6 +111,14 @@ def test_demo_splits_share_nothing_and_fit_the_tokenizer():
     for item in splits["test"]:
         assert set((data.messages(item)[1]["content"] + " " + data.completion(item)).split()) <= words
     assert all(i.options["ABCDE".index(i.answer)] == i.rationale.split()[-1] for items in splits.values() for i in items)
+
+
+def test_the_demo_is_the_same_in_every_process():
+    """It once came out of the iteration of a set of words, which differs from process to process."""
+    code = "import data; print([data.set_fingerprint(data.load('demo', s)) for s in data.SPLITS], [i.id for i in data.batch_for_step(data.load('demo', 'dev'), 3, 5, (1, 2))])"
+    outputs = {subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, cwd=Path(data.__file__).parent, capture_output=True, text=True,
+                              check=True).stdout for seed in "0123"}
+    assert len(outputs) == 1
 
 
 def test_batches_are_pages_of_seeded_epochs():
