@@ -15,7 +15,7 @@ def demo(found: dict) -> str:
         rows.append(f"| {r['algo']} | {r['seed']} | {cell(r['clean'])} | {cell(r['before'])} | **{cell(r['after'])}** {interval} | {r['seconds']:.0f} s |")
     best = [r["explained_variance_best5"] for r in found["rows"] if "explained_variance_best5" in r]
     return "\n".join(rows) + (f"\n\nAccuracy on {found['rows'][0]['after']['n']} held-out vignettes: sampled at temperature 1 / greedy [95% Wilson interval of the greedy one]. "
-                              f"{found['machine']}. PPO's critic: explained variance up to {min(best):.2f} to {max(best):.2f} (best mean of five steps, by seed).")
+                              f"{found['machine']}. PPO's critic: explained variance up to {min(best):.2f} to {max(best):.2f} (best mean of five steps, by seed). {found.get('note', '')}")
 
 
 def speed(found: dict) -> str:
