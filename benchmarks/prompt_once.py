@@ -82,7 +82,7 @@ def main() -> None:
         plain.zero_grad()
         replicated_backward(plain, batch, G)
 
-    result = {"model": args.model, "prompts": P, "prompt_tokens": batch.prompt_ids.shape[1], "samples": G, "max_new": T, "threads": torch.get_num_threads(),
+    result = {"model": Path(args.model).name, "prompts": P, "prompt_tokens": batch.prompt_ids.shape[1], "samples": G, "max_new": T, "threads": torch.get_num_threads(),
               "torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor() or platform.machine(),
               "token_ratio": G * (batch.prompt_ids.shape[1] + T) / (batch.prompt_ids.shape[1] + G * T)}
     for name, ours, theirs in (("sampling", ours_sampling, theirs_sampling), ("scoring", ours_scoring, theirs_scoring)):
