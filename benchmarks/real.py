@@ -2,7 +2,7 @@
 
     python benchmarks/real.py --model SMOLLM2_DIR --data-dir DIR --out runs/real --json F
 
-SmolLM2-135M does not write the answer tags by itself and then has nothing to be rewarded for. So three steps of supervised fine-tuning come first (24 answers),
+SmolLM2-135M writes no well-formed completion by itself and then has nothing to be rewarded for. So three steps of supervised fine-tuning come first (24 answers),
 and GRPO starts from there: 10 steps of 2 prompts x 8 samples, direct prompts, three seeds. A run whose folder is complete is not repeated.
 """
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
         rows.append({"seed": int(name[-1]), "formed_first": formed(lines[:5]), "formed_last": formed(lines[-5:]), "accuracy_first": mean(lines[:5]), "accuracy_last": mean(lines[-5:]),
                      "formed": [line["part_format"] for line in lines], "step_s": [json.loads(line)["step_s"] for line in (out / "timing.jsonl").read_text().splitlines()]})
         print(rows[-1])
-    text = ("Without help it never writes the tags (0 of 96 samples), so nothing is rewarded; after three steps of supervised fine-tuning on 24 answers, GRPO raises the share of "
+    text = ("Without help none of 96 samples was well formed, so nothing is rewarded; after three steps of supervised fine-tuning on 24 answers, GRPO raises the share of "
             "well-formed completions in ten steps of 2 prompts x 8 samples (`python benchmarks/real.py`; Wilson intervals over 80 completions, which are not independent):")
     if args.json:
         Path(args.json).write_text(json.dumps({"text": text, "rows": rows}, indent=1) + "\n", encoding="utf-8")
