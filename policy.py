@@ -363,7 +363,7 @@ class Policy:
         There is no top-k or top-p: the policy that is scored must be the one that was sampled.
         """
         prompts = self.encode(items, style) if prompts is None else prompts
-        P, L = len(items), max(map(len, prompts))
+        P = len(items)
         uniforms = torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=[seed % 2**64, first_row + row])).random(max_new)
                                               for row in range(P * n)])).to(self.device)                              # [P*n, max_new]
         empty = [Rollout(item, p, ids, [], [], False) for p, (item, ids) in enumerate(zip(items, prompts))]

@@ -1,5 +1,4 @@
 """The policy: sampler = scorer = the model's own replicated forward, one row a prompt, masks from lengths."""
-import copy
 
 import pytest
 import torch
@@ -7,7 +6,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
-import data
 import policy as policies
 from data import UsageError
 from policy import Policy, Rollout, collate
