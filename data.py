@@ -30,11 +30,13 @@ class UsageError(ValueError):
 @dataclass(frozen=True)
 class Item:
     id: str
-    task: str                           # "choice"; images add "classify", "grade", "localize"
+    task: str                           # "choice", "classify" (a closed set of names), "grade" (an ordered one) or "localize" (boxes)
     question: str
-    options: tuple[str, ...]            # their texts in the order A, B, C, ...; () where there are none
-    answer: str                         # the gold letter
-    image: object = None
+    options: tuple[str, ...]            # choice: their texts in the order A, B, C, ...; classify: the names; grade: the grades, lowest first; localize: ()
+    answer: str | tuple                 # the gold letter, name or grade; localize: ((x1, y1, x2, y2), ...), half-open, in pixels of the original image
+    image: object = None                # None, or one source or a tuple of them: a path, uint8 array [H, W] or [H, W, 3], PIL image, or images.Crop
+    frame: tuple[int, int] | None = None    # (width, height) that boxes in prompt and completion refer to; None: the original image's
+    patient: str = ""                   # where known: no patient stands in two splits
     knowledge: str = ""                 # text about the classes, for the prompt (VRFT-Aug)
     rationale: str = ""                 # why the answer is right, for supervised fine-tuning
 
