@@ -14,12 +14,11 @@ import urllib.request
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SPLITS = ("train", "dev", "test")
-DATASETS = ("demo", "medqa", "medqa-4", "mmlu-pro-health")
+DATASETS = ("demo", "demo-images", "medqa", "medqa-4", "mmlu-pro-health", "bccd", "the MedMNIST sets (retinamnist, retinamnist-28, ...)")
 MAX_LINE = 1_000_000                    # characters in one line of JSONL: a longer one is no exam question
 
 
@@ -35,37 +34,66 @@ class Item:
     options: tuple[str, ...]            # choice: their texts in the order A, B, C, ...; classify: the names; grade: the grades, lowest first; localize: ()
     answer: str | tuple                 # the gold letter, name or grade; localize: ((x1, y1, x2, y2), ...), half-open, in pixels of the original image
     image: object = None                # None, or one source or a tuple of them: a path, uint8 array [H, W] or [H, W, 3], PIL image, or images.Crop
-    frame: tuple[int, int] | None = None    # (width, height) that boxes in prompt and completion refer to; None: the original image's
+    frame: tuple[int, int, int, int] | None = None     # boxes in prompt and completion refer to a width x height (the first two) that stands for the original one (the last two)
     patient: str = ""                   # where known: no patient stands in two splits
     knowledge: str = ""                 # text about the classes, for the prompt (VRFT-Aug)
     rationale: str = ""                 # why the answer is right, for supervised fine-tuning
 
 
+def to_image(box, frame) -> tuple[float, ...]:
+    """A box in the frame that the model sees -> pixels of the original image. frame = (its width, its height, image width, image height) or None.
+
+    >>> to_image((10, 10, 20, 30), (100, 50, 200, 200)), to_frame((20, 40, 40, 120), (100, 50, 200, 200))
+    ((20.0, 40.0, 40.0, 120.0), (10, 10, 20, 30))
+    """
+    width, height, image_width, image_height = frame or (1, 1, 1, 1)
+    x, y = image_width / width, image_height / height
+    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
+
+
+def to_frame(box, frame) -> tuple[int, ...]:
+    """The inverse of `to_image`, rounded: how prompts and supervised answers write a box."""
+    width, height, image_width, image_height = frame or (1, 1, 1, 1)
+    return tuple(round(value) for value in to_image(box, (image_width, image_height, width, height)))
+
+
 # -------------------------------------------------------------------------------------------------- load
-def load(dataset: str, split: str, data_dir: str | None = None, limit: int | None = None) -> list[Item]:
+def load(dataset: str, split: str, data_dir: str | None = None, limit: int | None = None, task: str = "", target: str = "") -> list[Item]:
     """The items of one split, in file order, the first `limit` of them.
 
     dataset: `demo`; `medqa` or `medqa-4` (five or four options) or `mmlu-pro-health` (test only), from the hub, or from `data_dir` with the same layout;
-    or a path: a folder with train.jsonl, dev.jsonl and test.jsonl, or one .jsonl file, which is cut 80/10/10 by a hash of each item.
+    `bccd` and the 2-D MedMNIST sets (images.py); or a path: a folder with train.jsonl, dev.jsonl and test.jsonl, or one .jsonl file, cut 80/10/10 by hash.
+    task: where a set offers several (bccd: localize, classify). target: what to find in bccd, WBC unless said.
     Raises UsageError with the file, the line and the way on.
     """
+    import images                                                             # here, since it builds on this file
     if split not in SPLITS:
         raise UsageError(f"no split {split!r}: there are {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
         raise UsageError(f"the limit {limit} leaves no items: give at least 1")
     if dataset == "demo":
-        items = demo_items(split)
+        import demo
+        items = demo.demo_items(split)
     elif dataset in ("medqa", "medqa-4"):
         items = medqa_items(dataset, split, data_dir)
     elif dataset == "mmlu-pro-health":
         items = mmlu_pro_items(split, data_dir)
+    elif dataset == "demo-images":
+        import demo
+        items = demo.lesion_items(split, task or "classify")
+    elif dataset == "bccd":
+        items = images.bccd_items(split, data_dir, task or "localize", target or "WBC")
+    elif images.is_medmnist(dataset):
+        items = images.medmnist_items(dataset, split, data_dir)
     elif Path(dataset).exists():
-        items = own_items(Path(dataset), split)
+        items = own_items(Path(dataset), split, task)
     else:
         raise UsageError(f"no data set named {dataset!r}, and no file or folder of that name: there are {', '.join(DATASETS)}, "
                          "or give the path of a JSONL file")
     if not items:
         raise UsageError(f"{dataset}: split {split!r} has no items")
+    if task and (other := {item.task for item in items} - {task}):
+        raise UsageError(f"--task {task}: {dataset} has items for {', '.join(sorted(other))}")
     return items[:limit]
 
 
@@ -147,26 +175,30 @@ def fetch(repo: str, name: str) -> str:
         raise UsageError(f"cannot download {name} of the hub data set {repo}: {error}") from None
 
 
-def own_items(path: Path, split: str) -> list[Item]:
-    """Your own data. One JSON object a line: {"question", "options": [texts] or {letter: text}, "answer": letter, "id"?, "rationale"?}."""
+def own_items(path: Path, split: str, task: str = "") -> list[Item]:
+    """Your own data. One JSON object a line: {"question", "options": [texts] or {letter: text}, "answer": letter, "id"?, "rationale"?}.
+
+    With "image" or "images" (paths beside the file) also labels, grades or boxes: `images.own_image_item`.
+    """
     file = path if path.is_file() else path / f"{split}.jsonl"
     if not file.is_file():
         raise UsageError(f"{file} is not there: a folder of your own data holds train.jsonl, dev.jsonl and test.jsonl")
     with file.open(encoding="utf-8") as lines:
-        items = read_jsonl(lines, str(file), file.stem, split, published=False)
+        items = read_jsonl(lines, str(file), file.stem, split, published=False, task=task)
     if path.is_dir():
         return items
     share = {0: "dev", 1: "test"}                                             # a tenth each; the same item falls into the same split, wherever it stands
-    return [item for item in items if share.get(int(fingerprint(item), 16) % 10, "train") == split]
+    place = lambda item: int(hashlib.sha256(sorted(apart(item))[-1].encode()).hexdigest(), 16) % 10       # a patient's images together
+    return [item for item in items if share.get(place(item), "train") == split]
 
 
-def read_jsonl(lines: Iterable[str], where: str, dataset: str, split: str, published: bool) -> list[Item]:
+def read_jsonl(lines: Iterable[str], where: str, dataset: str, split: str, published: bool, task: str = "") -> list[Item]:
     """MedQA's schema and our own: options as a list or by letter, the gold letter in `answer_idx` or `answer`."""
     items, alike, seen = [], 0, {}
     for number, line in enumerate(decoded(lines, where), 1):
         if not line.strip():
             continue
-        item, duplicates = read_item(line, f"{where}, line {number}", f"{dataset}-{split}-{number}", published)
+        item, duplicates = read_item(line, f"{where}, line {number}", f"{dataset}-{split}-{number}", published, Path(where).parent, task)
         if item.id in seen:
             raise UsageError(f"{where}, line {number}: the id {item.id!r} stands in line {seen[item.id]} already: ids must differ")
         seen[item.id] = number
@@ -187,7 +219,7 @@ def decoded(lines: Iterable[str], where: str) -> Iterable[str]:
         raise UsageError(f"{where}, after line {number}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
 
 
-def read_item(line: str, where: str, default_id: str, published: bool) -> tuple[Item, bool]:
+def read_item(line: str, where: str, default_id: str, published: bool, folder: Path = Path(), task: str = "") -> tuple[Item, bool]:
     """One line -> its Item, and whether two of its options read the same. Raises UsageError with `where`."""
     if len(line) > MAX_LINE:
         raise UsageError(f"{where}: {len(line):,} characters; the limit is {MAX_LINE:,}")
@@ -198,6 +230,12 @@ def read_item(line: str, where: str, default_id: str, published: bool) -> tuple[
         raise UsageError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict):
         raise UsageError(f"{where}: a line must be one JSON object")
+    image = ()
+    if "image" in row or "images" in row:
+        import images
+        if "options" not in row:
+            return images.own_image_item(row, where, default_id, folder, task), False
+        image = images.own_images(row, where, folder)
     question, options = row.get("question"), row.get("options")
     if not isinstance(question, str) or not question.strip():
         raise UsageError(f"{where}: no text under 'question'")
@@ -214,14 +252,27 @@ def read_item(line: str, where: str, default_id: str, published: bool) -> tuple[
     if duplicates and not published:
         raise UsageError(f"{where}: two options have the same text")
     return Item(str(row.get("id", default_id)), "choice", question.strip(), tuple(o.strip() for o in options), answer,
-                rationale=str(row.get("rationale") or "")), duplicates
+                image=image or None, patient=str(row.get("patient") or ""), rationale=str(row.get("rationale") or "")), duplicates
 
 
 # --------------------------------------------------------------------------------- splits, order, batches
 def fingerprint(item: Item) -> str:
-    """Hash of the normalised question *and* options: "Which of these is true?" alone occurs many times."""
+    """Hash of the normalised question *and* options, and of the images' pixels: "Which of these is true?" alone occurs many times."""
     flat = lambda text: " ".join(text.split()).casefold()
-    return hashlib.sha256("\n".join([flat(item.question), *sorted(map(flat, item.options))]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([flat(item.question), *sorted(map(flat, item.options)), *pixels(item)]).encode()).hexdigest()
+
+
+def pixels(item: Item) -> list[str]:
+    """A hash of each image's pixels."""
+    import images
+    return [images.pixel_hash(source) for source in images.sources(item)]
+
+
+def apart(item: Item) -> set[str]:
+    """What must not stand in two splits: the question, or with images each image (by its pixels) and the patient."""
+    if item.image is None:
+        return {fingerprint(item)}
+    return {*pixels(item), *([f"patient {item.patient}"] if item.patient else [])}
 
 
 def set_fingerprint(items: list[Item]) -> str:
@@ -230,15 +281,39 @@ def set_fingerprint(items: list[Item]) -> str:
 
 
 def without(items: list[Item], held_out: list[Item]) -> list[Item]:
-    """The items whose question and options do not occur in `held_out`."""
-    taken = {fingerprint(item) for item in held_out}
-    return [item for item in items if fingerprint(item) not in taken]
+    """The items that share no question, image or patient with `held_out`."""
+    taken = set().union(*map(apart, held_out))
+    return [item for item in items if not apart(item) & taken]
+
+
+def by_class(items: list[Item], seed) -> list[list[Item]]:
+    """The items of each class in an order drawn from the seed."""
+    classes: dict[str, list[Item]] = {}
+    for item in items:
+        classes.setdefault(str(item.answer), []).append(item)
+    for name, members in classes.items():
+        random.Random(f"{seed} {name}").shuffle(members)
+    return list(classes.values())
+
+
+def few_shot(items: list[Item], n: int, seed) -> list[Item]:
+    """n items of each class, or all where there are fewer."""
+    return [item for members in by_class(items, seed) for item in members[:n]]
+
+
+def balanced(items: list[Item], seed) -> list[Item]:
+    """Every class as often as the commonest: the items of rarer ones are repeated."""
+    classes = by_class(items, seed)
+    most = max(map(len, classes))
+    return [members[i % len(members)] for members in classes for i in range(most)]
 
 
 def shuffle_options(item: Item, seed: int = 0) -> Item:
     """The same question with its options in another order, a function of (seed, item.id); the gold letter moves along."""
     order = list(range(len(item.options)))
     random.Random(f"{seed} {item.id}").shuffle(order)
+    if item.task != "choice":                                                 # names have no letters, and grades an order of their own
+        return replace(item, options=tuple(item.options[i] for i in order)) if item.task == "classify" else item
     return replace(item, options=tuple(item.options[i] for i in order), answer=LETTERS[order.index(LETTERS.index(item.answer))])
 
 
@@ -266,21 +341,72 @@ def batch_for_step(items: list[Item], step: int, n: int, seed) -> list[Item]:
     return batch
 
 
+# ---------------------------------------------------------------------------------------------- knowledge
+def with_knowledge(items: list[Item], dataset: str, level: str, file: str = "") -> list[Item]:
+    """Prior knowledge in the prompt (VRFT-Aug's explicit perception augmentation). level: none, task (what kind of image), class (and what each class looks like).
+
+    file: Markdown, `# task` and a `## NAME` section for each class; empty = knowledge/DATASET-TASK.md or knowledge/DATASET.md beside this file.
+    """
+    if level == "none":
+        return items
+    folder, base, task = Path(__file__).parent / "knowledge", dataset.partition("-")[0] if "mnist" in dataset else Path(dataset).stem, items[0].task
+    path = Path(file) if file else next((p for p in (folder / f"{base}-{task}.md", folder / f"{base}.md") if p.is_file()), None)
+    if path is None:
+        raise UsageError(f"--knowledge {level}: there is none for {dataset}; write a file with a '# task' and a '## NAME' section for each class, and give it by --knowledge-file")
+    sections = read_knowledge(path)
+    names = {name for item in items for name in item.options}
+    if items[0].task != "choice" and names:                                   # boxes have no classes: all sections are told
+        if missing := sorted(names - set(sections)):
+            raise UsageError(f"{path}: no section '## {missing[0]}'; every class needs one: {', '.join(sorted(names))}")
+        if unknown := sorted(set(sections) - names - {"task"}):
+            raise UsageError(f"{path}: the section '## {unknown[0]}' names no class of {dataset}; there are {', '.join(sorted(names))}")
+    told = [sections["task"], *(f"{name}: {text}" for name, text in sections.items() if level == "class" and name != "task")]
+    return [replace(item, knowledge="\n".join(told)) for item in items]
+
+
+def read_knowledge(path: Path) -> dict[str, str]:
+    """{"task": text, class name: text, ...}; comments and line breaks inside a section do not count."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    sections: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, 1):
+        if line.startswith("#"):
+            name = line.lstrip("#").strip()
+            if name in sections:
+                raise UsageError(f"{path}, line {number}: a second section {name!r}")
+            sections[name] = []
+        elif sections and not line.startswith("<!--"):
+            sections[list(sections)[-1]].append(line.strip())
+    texts = {name: " ".join(filter(None, of_section)) for name, of_section in sections.items()}
+    for name in ("task", *texts):
+        if not texts.get(name):
+            raise UsageError(f"{path}: the section {name!r} is missing or empty")
+    return texts
+
+
 # ------------------------------------------------------------------------------------------------ prompts
 # Our own wording: the papers' prompts are not public. Known is what they ask for: thinking in tags first, then the answer in tags.
 INSTRUCTIONS = {
-    "think": "Answer the medical question. First reason inside <think> and </think>, then give the letter of the best option "
-             "inside <answer> and </answer>, and nothing after it.",
-    "direct": "Answer the medical question. Give only the letter of the best option, inside <answer> and </answer>.",
-    "cot": "Answer the medical question. Think step by step, then give the letter of the best option inside <answer> and </answer>.",
+    "think": "Answer the medical question. First reason inside <think> and </think>, then give {} inside <answer> and </answer>, and nothing after it.",
+    "direct": "Answer the medical question. Give only {}, inside <answer> and </answer>.",
+    "cot": "Answer the medical question. Think step by step, then give {} inside <answer> and </answer>.",
 }
+WANTED = {"choice": "the letter of the best option", "classify": "the name of the class, exactly as listed", "grade": "the grade",
+          "localize": "the boxes as [[x1, y1, x2, y2], ...]"}
 
 
 def messages(item: Item, style: str = "think") -> list[dict[str, str]]:
-    """The prompt of an item as chat messages. style: think (what is trained), direct and cot (the paper's baselines)."""
-    options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, item.options))
-    return [{"role": "system", "content": INSTRUCTIONS[style]},
-            {"role": "user", "content": f"{item.question}\n{options}" if options else item.question}]
+    """The prompt of an item as chat messages, its images left out. style: think (what is trained), direct and cot (the paper's baselines)."""
+    wanted = WANTED[item.task]
+    if item.task == "localize" and item.frame:
+        wanted += " in pixels of a {} x {} image".format(*item.frame)
+    listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, item.options)] if item.task == "choice" else [f"- {text}" for text in item.options]
+    lines = [*filter(None, [item.knowledge]), item.question, *listed]
+    return [{"role": "system", "content": INSTRUCTIONS[style].format(wanted)}, {"role": "user", "content": "\n".join(lines)}]
 
 
 def plain_text(chat: list[dict[str, str]]) -> str:
@@ -290,68 +416,7 @@ def plain_text(chat: list[dict[str, str]]) -> str:
 
 
 def completion(item: Item, style: str = "think") -> str:
-    """What supervised fine-tuning teaches to write: the rationale, where the item has one, and the letter."""
-    answer = f"<answer> {item.answer} </answer>"
+    """What supervised fine-tuning teaches to write: the rationale, where the item has one, and the letter, name, grade or boxes."""
+    gold = [list(to_frame(box, item.frame)) for box in item.answer] if item.task == "localize" else item.answer
+    answer = f"<answer> {gold} </answer>"
     return f"<think> {item.rationale} </think> {answer}" if style == "think" and item.rationale else answer
-
-
-# --------------------------------------------------------------------------------------------------- demo
-# Twenty conditions, each with four findings that a textbook would name first; one word each, since the demo's tokenizer knows words.
-CONDITIONS = {
-    "pneumonia": "productive-cough pleuritic-pain crackles rusty-sputum",
-    "asthma": "wheeze night-cough pollen-trigger variable-peak-flow",
-    "appendicitis": "right-iliac-pain rebound-tenderness anorexia migrating-pain",
-    "migraine": "throbbing-headache photophobia visual-aura phonophobia",
-    "gout": "big-toe-pain tophi high-urate negatively-birefringent-crystals",
-    "hypothyroidism": "cold-intolerance weight-gain slow-reflexes dry-skin",
-    "hyperthyroidism": "heat-intolerance tremor lid-lag weight-loss",
-    "cystitis": "dysuria urinary-frequency suprapubic-pain cloudy-urine",
-    "meningitis": "neck-stiffness petechial-rash kernig-sign bulging-fontanelle",
-    "angina": "exertional-chest-pain relief-by-nitrate jaw-radiation st-depression",
-    "pancreatitis": "epigastric-pain-to-back high-lipase grey-turner-sign alcohol-excess",
-    "psoriasis": "silvery-plaques nail-pitting auspitz-sign extensor-rash",
-    "cholera": "rice-water-stool severe-dehydration sunken-eyes contaminated-water",
-    "measles": "koplik-spots coryza conjunctivitis maculopapular-rash",
-    "parkinsonism": "rest-tremor bradykinesia shuffling-gait cogwheel-rigidity",
-    "glaucoma": "halos-around-lights raised-eye-pressure cupped-disc tunnel-vision",
-    "pulmonary-embolism": "sudden-dyspnoea haemoptysis leg-swelling recent-flight",
-    "iron-deficiency": "pallor spoon-nails low-ferritin pica",
-    "diabetes-insipidus": "polyuria dilute-urine hypernatraemia constant-thirst",
-    "scabies": "burrows night-itch itchy-web-spaces affected-household",
-}
-_DEMO_SIZES = {"train": 3000, "dev": 200, "test": 300}
-_AGES = tuple(f"{age}-year-old" for age in range(20, 80, 5))
-
-
-def demo_items(split: str) -> list[Item]:
-    """Vignettes of two or three findings with five options, made in code; the same on every machine.
-
-    One three-finding combination of each condition never occurs in train; dev and test are different vignettes of just those. So the
-    test asks for a combination that was never seen. Shared findings or more held-out combinations would need a larger model.
-    """
-    names, rng, seen = list(CONDITIONS), random.Random("demo"), set()
-    items: dict[str, list[Item]] = {"train": [], "dev": [], "test": []}
-    held_out = {name: rng.sample(CONDITIONS[name].split(), 3) for name in names}                  # lists: the order of a set of words differs between processes
-    for part, size in _DEMO_SIZES.items():
-        while len(items[part]) < size:
-            name = names[len(items[part]) % len(names)]
-            pool = [c for k in (2, 3) for c in combinations(CONDITIONS[name].split(), k) if set(c) != set(held_out[name])]
-            findings = rng.choice(pool) if part == "train" else held_out[name]
-            findings = rng.sample(findings, len(findings))
-            options = rng.sample([n for n in names if n != name], 4) + [name]
-            rng.shuffle(options)
-            question = (f"a {rng.choice(_AGES)} {rng.choice(('man', 'woman'))} has {' and '.join(findings)} . "
-                        "which diagnosis ?")
-            item = Item(f"demo-{part}-{len(items[part])}", "choice", question, tuple(options), LETTERS[options.index(name)],
-                        rationale=f"findings suggest {name}")
-            if fingerprint(item) not in seen:
-                seen.add(fingerprint(item))
-                items[part].append(item)
-    return items[split]
-
-
-def demo_words() -> list[str]:
-    """Every word that a demo prompt or completion can hold, in a fixed order: the vocabulary of the demo's tokenizer."""
-    texts = ["a man woman has and . which diagnosis ? findings suggest <think> </think> <answer> </answer>", " ".join(_AGES),
-             " ".join(CONDITIONS), " ".join(CONDITIONS.values()), " ".join(f"{letter} {letter}." for letter in LETTERS[:5])]
-    return list(dict.fromkeys(" ".join(texts).split()))

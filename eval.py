@@ -7,18 +7,23 @@ Every accuracy is a share of *all* items: an unreadable or unfinished answer is 
 import argparse
 import json
 import math
+import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
+import images
 import policy as policies
 import rewards
+import runs
 from data import Item, UsageError
 
 
@@ -67,15 +72,90 @@ def majority(predictions: list[str]) -> str:
     return max(votes, key=votes.get) if votes else ""
 
 
+def class_metrics(gold: list[str], predicted: list[str], classes) -> dict:
+    """{"balanced_accuracy": mean recall, "macro_f1": mean of 2 TP / (2 TP + FP + FN)}, over those of `classes` that occur in gold.
+
+    "" = unreadable: a wrong answer, a miss of its class and nobody's false alarm.
+
+    >>> class_metrics(["a", "a", "a", "b"], ["a", "a", "b", ""], ["a", "b", "c"])                 # recalls 2/3, 0; F1 4/5, 0
+    {'balanced_accuracy': 0.3333333333333333, 'macro_f1': 0.4}
+    """
+    there, said = Counter(gold), Counter(predicted)
+    hits = Counter(g for g, p in zip(gold, predicted) if g == p)
+    names = [name for name in classes if name in there]
+    return {"balanced_accuracy": sum(hits[name] / there[name] for name in names) / len(names),
+            "macro_f1": sum(2 * hits[name] / (there[name] + said[name]) for name in names) / len(names)}
+
+
+def ordinal_metrics(gold: list[int], predicted: list[int | None], n_grades: int) -> dict:
+    """{"kappa": 1 - sum (g - p)^2 / its expectation if g and p were independent, "mae": mean |g - p|, "off_by_one": share with |g - p| = 1}.
+
+    None = unreadable: it counts as the grade farthest from gold, else refusing the hard images would pay. Quadratic kappa needs no table of counts:
+    the expectation is var(g) + var(p) + (mean g - mean p)^2. Where that is 0 (one grade only) kappa is 0: agreement is not shown to beat chance.
+
+    >>> ordinal_metrics([0, 1, 2, 2], [0, 2, 2, None], 3)                                          # None counts as 0: kappa 1 - 5/7
+    {'kappa': 0.2857142857142857, 'mae': 0.75, 'off_by_one': 0.25}
+    """
+    farthest = [max((0, n_grades - 1), key=lambda grade: abs(grade - g)) for g in gold]
+    g, p = np.array(gold), np.array([far if p is None else p for p, far in zip(predicted, farthest)])
+    expected = g.var() + p.var() + (g.mean() - p.mean()) ** 2
+    return {"kappa": float(1 - np.mean((g - p) ** 2) / expected) if expected else 0.0, "mae": float(np.mean(abs(g - p))), "off_by_one": float(np.mean(abs(g - p) == 1))}
+
+
+def box_metrics(scores: list[float]) -> dict:
+    """Of one score an item (rewards.box_score, a mean IoU): its mean, and the share that reaches 0.5, 0.8, and on average 0.50, 0.55, ..., 0.95 (MedLoc-R1).
+
+    >>> box_metrics([1.0, 0.5])                                                     # 0.5 reaches one of the ten thresholds
+    {'mean_iou': 0.75, 'accuracy_50': 1.0, 'accuracy_80': 0.5, 'accuracy_50_95': 0.55}
+    """
+    scores = np.asarray(scores, dtype=float)
+    reach = lambda percent: float(np.mean(scores >= percent / 100))
+    return {"mean_iou": float(scores.mean()), "accuracy_50": reach(50), "accuracy_80": reach(80), "accuracy_50_95": sum(map(reach, range(50, 100, 5))) / 10}
+
+
+def auc(scores: list[list[float]], gold: list[int]) -> float:
+    """Area under the ROC curve: the chance that an item of the class scores higher than another, ties half; one class against the rest, mean over classes.
+
+    scores: each item's class probabilities, gold: class numbers. AUC = (sum of the positives' ranks - P (P + 1) / 2) / (P N). A class without
+    positives or without negatives has none and is left out; 0.5 where no class is left.
+
+    >>> auc([[.9, .1], [.4, .6], [.6, .4], [.2, .8]], [0, 0, 1, 1])                                 # 3 of 4 pairs are in order
+    0.75
+    """
+    areas = []
+    for k, column in enumerate(np.asarray(scores, dtype=float).T):
+        positive = np.asarray(gold) == k
+        P, N = int(positive.sum()), int((~positive).sum())
+        _, place, counts = np.unique(column, return_inverse=True, return_counts=True)
+        ranks = (counts.cumsum() - (counts - 1) / 2)[place]                     # of equal scores, the mean of their ranks
+        if P and N:
+            areas.append((ranks[positive].sum() - P * (P + 1) / 2) / (P * N))
+    return float(np.mean(areas)) if areas else 0.5
+
+
+def bootstrap_metrics(function, *columns, seed: int = 0, draws: int = 1000) -> dict:
+    """`function(*columns)`, a dict of metrics that are no means, and "ci95_of": the 95% percentile interval of each, from items drawn with replacement.
+
+    >>> bootstrap_metrics(lambda gold, said: class_metrics(gold, said, "ab"), ["a", "b"], ["a", "b"])["ci95_of"]
+    {'balanced_accuracy': [1.0, 1.0], 'macro_f1': [1.0, 1.0]}
+    """
+    rng, n = np.random.default_rng(seed), len(columns[0])
+    found, drawn = function(*columns), []
+    for _ in range(draws):
+        chosen = rng.integers(0, n, n).tolist()
+        drawn.append(function(*([column[i] for i in chosen] for column in columns)))          # the columns of an item stay together
+    return found | {"ci95_of": {name: np.percentile([metrics[name] for metrics in drawn], [2.5, 97.5]).tolist() for name in found}}
+
+
 def answer(policy, items: list[Item], config, *, n: int = 1, temperature: float = 0.0, seed: int = 0, rows: int = 128, label: str = ""):
     """Sample and grade n completions of each item; graded rollouts in the items' order. `rows` at a time, which changes no result."""
     rollouts, batch = [], max(1, rows // n)
-    prompts = policy.encode(items, config.style)
     bar = tqdm(total=len(items), desc=label, unit="item", leave=False, disable=None if label else True)
     for start in range(0, len(items), batch):
         part = slice(start, start + batch)
-        for rollout in policy.sample(items[part], n, config.max_new, temperature, seed, first_row=start * n, prompts=prompts[part]):
+        for rollout in policy.sample(items[part], n, config.max_new, temperature, seed, first_row=start * n, style=config.style):
             rollout.group += start
+            rollout.pictures = None                                           # pixels and features are not needed any more
             rollouts.append(graded(rollout, config))
         bar.update(len(items[part]))
     bar.close()
@@ -107,17 +187,75 @@ def letters(rollouts) -> dict:
     return {"predicted": dict(sorted(predicted.items())), "gold": dict(sorted(gold.items())), "accuracy": {letter: right[letter] / gold[letter] for letter in sorted(gold)}}
 
 
-def option_likelihood(policy, items: list[Item], label: str = "") -> list[bool]:
-    """Whether the gold letter is the likeliest, as evaluation harnesses ask: log p("<answer> B" | direct prompt) for every letter, the prompt computed once."""
-    right = []
-    for item in tqdm(items, desc=label, unit="item", leave=False, disable=None if label else True):
-        lead, prompt = "" if policy.chat else " ", policy.prompt(item, "direct")
-        rows = [policies.Rollout(item, 0, prompt, policy.tokenizer(f"{lead}<answer> {letter}", add_special_tokens=False).input_ids, [], True)
-                for letter in rewards.LETTERS[:len(item.options)]]
-        with torch.no_grad():
-            scores = policy.score(policies.collate(rows, policy.device), values_too=False).logps[0].sum(-1)         # [G]
-        right.append(rewards.LETTERS[int(scores.argmax())] == item.answer)
-    return right
+def of_task(rollouts) -> dict:
+    """What the field reports beside accuracy, by kind of task, each with its bootstrap interval under "ci95_of"."""
+    gold, predicted = [str(r.item.answer) for r in rollouts], [r.predicted for r in rollouts]
+    tasks, names = {r.item.task for r in rollouts}, rollouts[0].item.options
+    if len(tasks) > 1 or tasks == {"choice"}:
+        return {}
+    if tasks == {"localize"}:
+        return bootstrap_metrics(box_metrics, [r.parts["iou"] for r in rollouts])
+    classes = sorted({name for r in rollouts for name in r.item.options})
+    found = bootstrap_metrics(lambda g, p: class_metrics(g, p, classes), gold, predicted)
+    if tasks == {"grade"} and len({r.item.options for r in rollouts}) == 1:
+        place = {str(name): i for i, name in enumerate(names)}
+        ordinal = bootstrap_metrics(lambda g, p: ordinal_metrics(g, p, len(names)), [place[g] for g in gold], [place.get(p) for p in predicted])
+        found = {**found, **ordinal, "ci95_of": found["ci95_of"] | ordinal["ci95_of"]}
+    return found
+
+
+def likelihoods(policy, item: Item) -> list[float]:
+    """log p("<answer> X </answer>" | direct prompt) for every letter or class name X, as evaluation harnesses ask. Prompt and image are computed once for all."""
+    names = rewards.LETTERS[:len(item.options)] if item.task == "choice" else item.options
+    started = policy.start(item, 0, "direct")
+    rows = [policy.written(started, f"<answer> {name} </answer>") for name in names]
+    with torch.no_grad():
+        return policy.score(policies.collate(rows, policy.device), values_too=False).logps[0].sum(-1).tolist()              # [G]
+
+
+def by_likelihood(policy, items: list[Item], label: str = "") -> dict:
+    """Accuracy of the likeliest letter or class, and for classes the area under the ROC curve."""
+    scores = [likelihoods(policy, item) for item in tqdm(items, desc=label, unit="item", leave=False, disable=None if label else True)]
+    names = lambda item: list(rewards.LETTERS[:len(item.options)]) if item.task == "choice" else list(map(str, item.options))
+    right = [names(item)[int(np.argmax(of_item))] == str(item.answer) for item, of_item in zip(items, scores)]
+    found = {"likelihood_accuracy": sum(right) / len(right), "likelihood_ci95": list(wilson(sum(right), len(right)))}
+    if items[0].task != "choice" and len({frozenset(names(item)) for item in items}) == 1:
+        classes = sorted(names(items[0]))
+        probabilities = [[dict(zip(names(item), np.exp(np.array(of_item) - np.logaddexp.reduce(of_item))))[name] for name in classes] for item, of_item in zip(items, scores)]
+        gold = [classes.index(str(item.answer)) for item in items]
+        found["auc"] = auc(probabilities, gold)
+        found["auc_ci95"] = list(bootstrap_metrics(lambda p, g: {"auc": auc(p, g)}, probabilities, gold)["ci95_of"]["auc"])
+    return found
+
+
+def looking(policy, rollouts, config, label: str = "") -> dict:
+    """Accuracy with every image made blank, and with each image given to another item of another answer: a model that looks loses by both."""
+    items = [r.item for r in rollouts]
+    blank = [replace(item, image=tuple(Image.new("RGB", images.size_of(source), (128, 128, 128)) for source in images.sources(item)) or None) for item in items]
+    swapped = []
+    for i, item in enumerate(items):
+        others = (items[(i + k) % len(items)] for k in range(1, len(items)))
+        swapped.append(replace(item, frame=None, image=next((other.image for other in others if other.answer != item.answer), item.image)))
+    return {f"{name}_image_accuracy": summary(answer(policy, changed, config, label=f"{label}{name}"))["accuracy"] for name, changed in (("blank", blank), ("swapped", swapped))}
+
+
+def draw(rollout, path: Path) -> None:
+    """A PNG of an item's first image with what was asked (green) and what was answered (red): boxes on it, names below it."""
+    picture = images.open_image(images.sources(rollout.item)[0]).copy()
+    enlarge = max(1, 448 // max(picture.size))
+    picture = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+    canvas = Image.new("RGB", (max(picture.width, 320), picture.height + 32), "white")
+    canvas.paste(picture)
+    pen, gold, predicted = ImageDraw.Draw(canvas), rollout.item.answer, rollout.predicted
+    if rollout.item.task == "localize":
+        for boxes, colour in ((gold, "lime"), (predicted, "red")):
+            for box in boxes[:100]:
+                x1, y1, x2, y2 = (min(max(x * enlarge, -10), 10**5) for x in box)
+                pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2)
+        gold, predicted = f"{len(gold)} boxes", f"{len(predicted)} boxes, IoU {rollout.parts['iou']:.2f}"
+    for line, (text, colour) in enumerate(((f"gold: {gold}", "green"), (f"answer: {predicted or 'unreadable'}", "red"))):
+        pen.text((4, picture.height + 2 + 14 * line), text[:80].encode("ascii", "replace").decode(), fill=colour)
+    canvas.save(path)
 
 
 def rotated_agreement(policy, rollouts, config, label: str = "") -> float:
@@ -133,14 +271,14 @@ def evaluate(policy, items: list[Item], config, *, samples: int = 1, seed: int =
     Returns (result, graded rollouts); result["accuracy"] and ["ci95"] are greedy, result["sampled_accuracy"] is sampled (absent for samples=0).
     """
     greedy = answer(policy, items, config, seed=seed, label=f"{label}greedy" if label else "")
-    result, rollouts = summary(greedy), greedy
+    result, rollouts = summary(greedy) | of_task(greedy), greedy
     if samples:
         sampled = answer(policy, items, config, n=samples, temperature=1.0, seed=seed, label=f"{label}sampled" if label else "")
         result |= {f"sampled_{key}": value for key, value in summary(sampled).items() if key in ("accuracy", "well_formed", "truncated", "length")}
         per_item = [sampled[i:i + samples] for i in range(0, len(sampled), samples)]
         counts = [sum(r.correct for r in of_item) for of_item in per_item]
         result |= {"samples": samples, "sampled_ci95": list(bootstrap([c / samples for c in counts])),
-                   "maj_at_k": sum(majority([r.predicted for r in of_item]) == of_item[0].item.answer for of_item in per_item) / len(per_item),
+                   "maj_at_k": sum(majority([r.predicted for r in of_item]) == str(of_item[0].item.answer) for of_item in per_item) / len(per_item),
                    "pass_at_k": {k: sum(pass_at_k(samples, c, k) for c in counts) / len(counts) for k in sorted({1, samples // 2 or 1, samples})}}
         rollouts = greedy + sampled
     return result, rollouts
@@ -157,7 +295,9 @@ def as_line(result: dict) -> str:
 def settings(args, config: dict, dataset: str | None = None, style: str | None = None):
     """What sampling and grading need to know: flags first, then the run's own config, then the defaults of the paper's prompt."""
     defaults = {"dataset": "medqa", "data_dir": "", "style": "think", "max_new": 512, "max_prompt": 2048, "reward": "med-rlvr", "strict": False, "w_format": 1.0,
-                "w_leak": 0.0, "w_before": 0.0, "w_short": 0.0, "w_overlong": 0.0, "min_think": 30, "overlong_share": 0.2, "shuffle_options": False, "seed": 0}
+                "w_leak": 0.0, "w_before": 0.0, "w_short": 0.0, "w_overlong": 0.0, "min_think": 30, "overlong_share": 0.2, "shuffle_options": False, "seed": 0, "task": "", "target": "",
+                "knowledge": "none", "knowledge_file": "",
+                "fuzzy": "", "box_reward": "iou", "tau": 0.5, "recite": 0.0}
     flags = {name: value for name, value in vars(args).items() if value is not None and name not in ("dataset", "style")}
     chosen = {name: value for name, value in (("dataset", dataset), ("style", style)) if value}
     return SimpleNamespace(**(defaults | config | flags | chosen))
@@ -174,14 +314,15 @@ def fitting(policy, items: list[Item], config, what: str = "") -> list[Item]:
 
 
 def load_items(config, split: str, limit: int | None) -> list[Item]:
-    items = data.load(config.dataset, split, config.data_dir or None, limit)
+    items = data.load(config.dataset, split, config.data_dir or None, limit, config.task, config.target)
+    items = data.with_knowledge(items, config.dataset, config.knowledge, config.knowledge_file)
     return [data.shuffle_options(item, config.seed) for item in items] if config.shuffle_options else items
 
 
 def seen_in_training(items: list[Item], run: dict) -> int | None:
     """How many of the items stand in the training data of a run, by question and options. None where that data is not at hand."""
     try:
-        train, dev, test = (data.load(run["dataset"], split, run["data_dir"] or None) for split in data.SPLITS)
+        train, dev, test = (data.load(run["dataset"], split, run["data_dir"] or None, task=run["task"], target=run["target"]) for split in data.SPLITS)
     except UsageError as error:
         print(f"test items in the training data: not checked ({error})", file=sys.stderr)
         return None
@@ -191,7 +332,7 @@ def seen_in_training(items: list[Item], run: dict) -> int | None:
 def evaluate_model(name: str, args) -> list[tuple[dict, list]]:
     """One model on every data set and in every style asked for -> (result, greedy rollouts) of each."""
     kwargs = {key: value for key in ("template", "stop_answer") if (value := getattr(args, key))}
-    policy, run = policies.open_policy(name, policies.pick_device(args.device), **kwargs)
+    policy, run = runs.open_policy(name, policies.pick_device(args.device), **kwargs)
     found = []
     for dataset in args.dataset or [None]:
         for style in args.style or [None]:
@@ -200,14 +341,21 @@ def evaluate_model(name: str, args) -> list[tuple[dict, list]]:
             label = f"{Path(name).name} {config.dataset} {config.style} "
             result, rollouts = evaluate(policy, items, config, samples=args.samples, seed=config.seed, label=label)
             greedy = rollouts[:len(items)]
-            result |= {"model": name, "dataset": config.dataset, "split": args.split, "style": config.style, "letters": letters(greedy)}
+            result |= {"model": name, "dataset": config.dataset, "split": args.split, "style": config.style}
+            if items[0].task != "localize":
+                result["letters"] = letters(greedy)
             if run:
                 result["seen_in_training"] = seen_in_training(items, run)
             if args.likelihood:
-                right = option_likelihood(policy, items, f"{label}letters")
-                result |= {"likelihood_accuracy": sum(right) / len(right), "likelihood_ci95": list(wilson(sum(right), len(right)))}
-            if args.rotate:
+                result |= by_likelihood(policy, items, f"{label}likelihood")
+            if args.rotate and items[0].task == "choice":
                 result["rotated_agreement"] = rotated_agreement(policy, greedy, config, f"{label}rotated")
+            if args.blind and any(item.image is not None for item in items):
+                result |= looking(policy, greedy, config, label)
+            if args.save_images:
+                for i, r in enumerate(greedy):
+                    if r.item.image is not None:
+                        draw(r, Path(args.save_images) / f"{i:05d}-{re.sub(r'[^A-Za-z0-9.-]', '_', r.item.id)[:80]}.png")
             found.append((result, rollouts))
     return found
 
@@ -230,8 +378,11 @@ def table(results: list[dict]) -> str:
     if any("samples" in r for r in results):
         columns += [("sampled", lambda r: f"{r['sampled_accuracy']:.3f} [{r['sampled_ci95'][0]:.3f}, {r['sampled_ci95'][1]:.3f}]"),
                     (f"maj@{results[0]['samples']}", lambda r: f"{r['maj_at_k']:.3f}"), (f"pass@{results[0]['samples']}", lambda r: f"{r['pass_at_k'][r['samples']]:.3f}")]
-    if any("likelihood_accuracy" in r for r in results):
-        columns.append(("likeliest letter", lambda r: f"{r['likelihood_accuracy']:.3f}"))
+    for key, title in (("likelihood_accuracy", "likeliest answer"), ("auc", "AUC"), ("balanced_accuracy", "balanced"), ("macro_f1", "macro F1"), ("kappa", "kappa"), ("mae", "MAE"),
+                       ("off_by_one", "off by one"), ("mean_iou", "mean IoU"), ("accuracy_80", "IoU over .8"), ("accuracy_50_95", "IoU .5 to .95"),
+                       ("blank_image_accuracy", "blank image"), ("swapped_image_accuracy", "swapped image")):
+        if any(key in r for r in results):
+            columns.append((title, lambda r, key=key: f"{r[key]:.3f}" if key in r else "-"))
     if any("rotated_agreement" in r for r in results):
         columns.append(("same when rotated", lambda r: f"{r['rotated_agreement']:.3f}"))
     columns += [("read", lambda r: f"{r['parsed']:.0%}"), ("cut", lambda r: f"{r['truncated']:.0%}"),
@@ -254,7 +405,11 @@ def parser() -> Parser:
     p.add_argument("--limit", type=int, help="the first N items only")
     p.add_argument("--style", nargs="+", choices=list(data.INSTRUCTIONS), help="prompts: think (as trained), direct, cot (chain of thought): the paper's baselines")
     p.add_argument("--samples", type=int, default=0, help="completions an item at temperature 1: sampled mean, maj@k, pass@k (default none)")
-    p.add_argument("--likelihood", action="store_true", help="also the accuracy of the likeliest option letter, as harnesses report it")
+    p.add_argument("--likelihood", action="store_true", help="also the accuracy of the likeliest letter or class name, as harnesses report it, and for classes the AUC")
+    p.add_argument("--blind", action="store_true", help="also with blank and with swapped images: does the model look at all?")
+    p.add_argument("--save-images", metavar="DIR", help="write each image with gold and predicted boxes or labels as PNG")
+    p.add_argument("--task", choices=("classify", "grade", "localize"), help="where a data set offers several")
+    p.add_argument("--target", help="bccd: which cells to find: WBC, RBC or Platelets")
     p.add_argument("--rotate", action="store_true", help="also the agreement of a model with itself when the options are rotated")
     p.add_argument("--max-new", type=int, help="new tokens at most (default: the run's, else 512)")
     p.add_argument("--max-prompt", type=int, help="longer prompts are dropped and counted (default: the run's, else 2048)")
@@ -274,6 +429,11 @@ def main(argv: list[str] | None = None) -> None:
     for path in filter(None, (args.json, args.answers)):                      # before an hour of sampling, not after
         if Path(path).is_dir() or not Path(path).resolve().parent.is_dir():
             raise UsageError(f"{path} cannot be written: it is a folder, or its folder does not exist")
+    if args.save_images:
+        try:
+            Path(args.save_images).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--save-images {args.save_images}: {error.strerror}") from None
     for name, least in (("limit", 1), ("max_new", 1), ("max_prompt", 1), ("samples", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}")
@@ -281,12 +441,12 @@ def main(argv: list[str] | None = None) -> None:
         if not Path(name).is_dir() and (data.is_path(name) or not data.cached(name, "config.json", "model") and not data.online()):
             raise UsageError(f"{name}: no such folder" + ("" if data.is_path(name) else ", and the hub cannot be reached"))
     if args.ask:
-        policy, run = policies.open_policy(args.models[0], policies.pick_device(args.device), **{k: v for k in ("template", "stop_answer") if (v := getattr(args, k))})
+        policy, run = runs.open_policy(args.models[0], policies.pick_device(args.device), **{k: v for k in ("template", "stop_answer") if (v := getattr(args, k))})
         print(answer(policy, [Item("ask", "choice", args.ask, (), "")], settings(args, run, style=(args.style or [None])[0]))[0].text.strip())
         return
     for name in args.models:                                                  # data first: a wrong name is answered before any model is loaded
         for dataset in args.dataset or [None]:
-            load_items(settings(args, policies.read_run(name), dataset), args.split, args.limit)
+            load_items(settings(args, runs.read_run(name), dataset), args.split, args.limit)
     found = [evaluate_model(name, args) for name in args.models]
     results = [result for of_model in found for result, _ in of_model]
     comparisons = [compare(a, b) for of_model in found[1:] for a, b in zip(found[0], of_model) if a[0]["dataset"] == b[0]["dataset"]]

@@ -1,35 +1,41 @@
-"""The policy: a causal language model that samples groups of completions and scores them, each prompt computed once per group.
+"""The policy: a language model, or one that also sees, which samples groups of completions and scores them, each prompt computed once per group.
 
 A group is one prompt and G completions, laid out as one row [prompt | c_1 | ... | c_G]: completions see the prompt and themselves, not each other.
 One attention function, registered with transformers, does this for scoring (with gradient) and for decoding (with cached keys and values).
 The idea is Prefix Grouper's (arXiv 2506.05433), here for sampling, old and reference log-probs and the gradient alike, exactly and not approximately.
 """
 import copy
-import hashlib
-import json
-import sys
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-
+from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer,
+                          PreTrainedTokenizerFast)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as ImageProcessor, smart_resize
 
 import data
+import images
 from data import Item, UsageError
 
 
 # -------------------------------------------------------------------------------------------- what flows
+@dataclass(eq=False)
+class Pictures:
+    """The images of one prompt, one object shared by all its rollouts, so that what is computed of them is computed once."""
+    pixels: Tensor                      # [patches of all images, channels x time x height x width of a patch]
+    grids: Tensor                       # [images, 3]: time, height, width in patches
+    positions: Tensor                   # [3, L] of the prompt's tokens: time, height, width
+    features: Tensor | None = None      # [image tokens, D] once a frozen tower has seen them
+
+
 @dataclass
 class Rollout:
     item: Item
@@ -45,6 +51,7 @@ class Rollout:
     correct: bool = False
     predicted: str = ""
     advantage: float = 0.0              # after grpo
+    pictures: Pictures | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -53,12 +60,14 @@ class Batch:                            # made only by collate; P prompts, G com
     prompt_mask: Tensor                 # [P, L] bool
     completion_ids: Tensor              # [P, G, T] right-padded
     mask: Tensor                        # [P, G, T] bool, from lengths, never from token values
+    pictures: list[Pictures | None] = ()    # P of them, or none at all
 
-    def prompts(self, which: slice) -> "Batch":
+    def prompts(self, which: slice | Tensor) -> "Batch":
         """Only some of the prompts, with all their completions and no more padding than these need."""
         prompt_mask, mask = self.prompt_mask[which], self.mask[which]
         skip, T = int((~prompt_mask.any(0)).sum()), int(mask.any(0).any(0).sum())
-        return Batch(self.prompt_ids[which, skip:], prompt_mask[:, skip:], self.completion_ids[which, :, :T], mask[..., :T])
+        pictures = [self.pictures[p] for p in torch.arange(len(self.mask))[which].tolist()] if self.pictures else ()
+        return Batch(self.prompt_ids[which, skip:], prompt_mask[:, skip:], self.completion_ids[which, :, :T], mask[..., :T], pictures)
 
 
 @dataclass
@@ -79,7 +88,7 @@ def collate(rollouts: list[Rollout], device: str | torch.device = "cpu") -> Batc
     L = max(len(rows[0].prompt_ids) for rows in groups.values())
     T = max(1, max(len(rollout.completion_ids) for rollout in rollouts))
     batch = Batch(torch.zeros(P, L, dtype=torch.long), torch.zeros(P, L, dtype=torch.bool),
-                  torch.zeros(P, G, T, dtype=torch.long), torch.zeros(P, G, T, dtype=torch.bool))
+                  torch.zeros(P, G, T, dtype=torch.long), torch.zeros(P, G, T, dtype=torch.bool), [rows[0].pictures for rows in groups.values()])
     for p, rows in enumerate(groups.values()):
         start = L - len(rows[0].prompt_ids)
         batch.prompt_ids[p, start:] = torch.tensor(rows[0].prompt_ids)
@@ -89,10 +98,12 @@ def collate(rollouts: list[Rollout], device: str | torch.device = "cpu") -> Batc
                 raise ValueError(f"group {rollout.group} has rollouts of two prompts")
             batch.completion_ids[p, g, :len(rollout.completion_ids)] = torch.tensor(rollout.completion_ids, dtype=torch.long)
             batch.mask[p, g, :len(rollout.completion_ids)] = True
-    return Batch(*(tensor.to(device) for tensor in vars(batch).values()))
+    return Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(batch).values()))
 
 
 # ------------------------------------------------------------------------------- attention, prompt once
+# In what coordinates each family of vision-language models writes boxes: (width, height) of the frame, None = pixels of the resized image.
+FRAMES = {"qwen2_5_vl": None, "qwen2_vl": (1000, 1000)}
 NO_MASK = torch.empty(0, 0, 0, 0)       # four-dimensional: transformers passes it on as it is and builds none of its own
 
 
@@ -247,17 +258,23 @@ def add_lora(decoder: nn.Module, rank: int, alpha: float, targets: str, switch: 
 
 # ----------------------------------------------------------------------------------------------- policy
 class Policy:
-    """A model, its tokenizer, and what is trained of it. Made by `Policy.load`, `open_policy` (a run folder too) or `demo_policy`."""
+    """A model, its tokenizer, and what is trained of it. Made by `Policy.load`, `runs.open_policy` (a run folder too) or in demo.py."""
 
     def __init__(self, model, tokenizer, *, lora: int = 16, lora_alpha: float | None = None, lora_targets: str = "all", template: str = "auto",
                  stop_answer: str = "auto", checkpointing: bool = False, keep_reference: bool = False, critic: str = "", head_chunk: int = 512,
-                 seed: int = 0, init: dict[str, Tensor] | None = None):
+                 seed: int = 0, init: dict[str, Tensor] | None = None, image_processor: ImageProcessor | None = None, train_vision: bool = False):
         self.model, self.tokenizer, self.head_chunk = model.requires_grad_(lora == 0).eval(), tokenizer, head_chunk
+        self.image_processor, self.train_vision = image_processor, train_vision
+        self._image_tokens()
         self.device, self.switch, self.checkpointing = model.device, {"adapters": "policy" if lora else None}, checkpointing
         without_dropout(model)
         names = ["policy"] + ["reference"] * (init is not None) + ["critic"] * (critic == "lora")
         if lora and not add_lora(model.get_decoder(), lora, lora_alpha or 2 * lora, lora_targets, self.switch, names, seed):
             raise UsageError(f"no linear layer of this model is named {lora_targets!r}: see --lora-targets")
+        if image_processor and not train_vision:
+            model.model.visual.requires_grad_(False)
+        elif image_processor and lora:
+            add_lora(model.model.visual, lora, lora_alpha or 2 * lora, "all", self.switch, names, seed + 1)
         self.critic, self.value_head = critic, None
         if critic:
             self.value_head = nn.Linear(model.config.get_text_config(decoder=True).hidden_size, 1, device=model.device)     # fp32
@@ -266,6 +283,8 @@ class Policy:
         if init is not None:
             self._start_from(init)
         self.frozen = copy.deepcopy(model).requires_grad_(False) if keep_reference and not lora else None
+        if self.frozen is not None and image_processor and not train_vision:
+            self.frozen.model.visual = model.model.visual                                         # never moved: one is enough
         if self.frozen is not None and self.device.type == "cuda":
             self.frozen.to(torch.bfloat16)                                                        # its products are bf16 anyway: half the memory
         if checkpointing:
@@ -279,8 +298,10 @@ class Policy:
         self.eos_ids = self._eos_ids()
 
     @classmethod
-    def load(cls, name_or_path: str, device: str = "cpu", dtype: torch.dtype | None = None, **kwargs) -> "Policy":
+    def load(cls, name_or_path: str, device: str = "cpu", dtype: torch.dtype | None = None, max_pixels: int = 0, **kwargs) -> "Policy":
         """A Hugging Face folder or hub name. dtype: of the frozen weights; by default bf16 on a GPU that has it and fp32 elsewhere.
+
+        max_pixels: images are shrunk to at most so many; 0 = the image processor's own limit.
 
         Raises UsageError where there is no such model, no tokenizer, or a family that prompt-once attention does not serve.
         """
@@ -291,13 +312,24 @@ class Policy:
             config = AutoConfig.from_pretrained(name_or_path)
             refuse_unserved(config)
             tokenizer = load_tokenizer(name_or_path)
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, attn_implementation="prompt_once")
+            if config.model_type in FRAMES:                                                       # the vision tower keeps plain sdpa
+                kwargs["image_processor"] = ImageProcessor.from_pretrained(name_or_path)
+                model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, attn_implementation={"text_config": "prompt_once"})
+            else:
+                model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, attn_implementation="prompt_once")
         except UsageError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UsageError(f"cannot load {name_or_path}: {first_line(error)}. A model folder holds config.json, *.safetensors and a tokenizer; "
                              "a hub name needs a network") from None
+        if max_pixels and "image_processor" in kwargs:
+            kwargs["image_processor"].size["longest_edge"] = max_pixels
         return cls(model.to(device), tokenizer, **kwargs)
+
+    def save_folder(self, path) -> None:
+        """A plain Hugging Face folder. Only for a policy without adapters."""
+        for part in filter(None, (self.model, self.tokenizer, self.image_processor)):
+            part.save_pretrained(path)
 
     # -- prompts
     def _eos_ids(self) -> list[int]:
@@ -319,8 +351,23 @@ class Policy:
         return sorted(ids)
 
     def prompt(self, item: Item, style: str = "think") -> list[int]:
-        """The token ids of an item's prompt: chat template where used, else the plain transcript with the tokenizer's own BOS."""
-        chat = data.messages(item, style)
+        """The token ids of an item's prompt, images first: chat template where used, else the plain transcript with the tokenizer's own BOS."""
+        chat = data.messages(self.framed(item), style)
+        if item.image is None:
+            return self._text_ids(chat)
+        if not self.image_processor:
+            raise UsageError(f"{item.id} has an image, and this model cannot see: --model needs a Qwen2.5-VL or Qwen2-VL")
+        sizes = [self._resized(source, item.id) for source in images.sources(item)]
+        chat[1]["content"] = self.image_mark * len(sizes) + chat[1]["content"]
+        merged, text, ids = self.image_processor.patch_size * self.image_processor.merge_size, self._text_ids(chat), []
+        if text.count(self.image_token) != len(sizes):
+            raise UsageError(f"{item.id}: its text holds the token {self.tokenizer.convert_ids_to_tokens(self.image_token)}, which stands for an image: take it out")
+        counts = iter([(w // merged) * (h // merged) for w, h in sizes])                          # tokens of each image
+        for token in text:
+            ids += [token] * (next(counts) if token == self.image_token else 1)
+        return ids
+
+    def _text_ids(self, chat: list[dict[str, str]]) -> list[int]:
         if not self.chat:
             ids = self.tokenizer(data.plain_text(chat)).input_ids
             return ids[:-1] if ids[-1] in self.eos_ids else ids               # some tokenizers close every text with EOS
@@ -337,48 +384,114 @@ class Policy:
         """Prompt token ids, one list an item. Never truncated: the caller drops what is too long."""
         return [self.prompt(item, style) for item in items]
 
+    # -- images
+    def _image_tokens(self) -> None:
+        """Which ids stand for an image, and which may never be sampled: an image token in a completion would ask for pixels that are not there."""
+        config, known = self.model.config, len(self.tokenizer)
+        ids = {name: getattr(config, f"{name}_token_id", None) for name in ("image", "video", "vision_start", "vision_end")} if self.image_processor else {}
+        ids = {name: token for name, token in ids.items() if token is not None and token < known}
+        self.image_token, self.forbidden = ids.get("image"), torch.tensor(sorted(ids.values()), dtype=torch.long, device=self.model.device)
+        self.image_mark = "".join(self.tokenizer.convert_ids_to_tokens(ids[name]) for name in ("vision_start", "image", "vision_end") if name in ids)
+
+    def _resized(self, source, where: str) -> tuple[int, int]:
+        """(width, height) in pixels to which the image processor will bring an image."""
+        (width, height), processor = images.size_of(source), self.image_processor
+        try:
+            h, w = smart_resize(height, width, processor.patch_size * processor.merge_size, processor.size["shortest_edge"], processor.size["longest_edge"])
+        except ValueError as error:
+            raise UsageError(f"{where}: an image of {width} x {height} pixels cannot be used ({error})") from None
+        return w, h
+
+    def framed(self, item: Item) -> Item:
+        """A `localize` item with the coordinate frame that this model family writes boxes in."""
+        if item.task != "localize" or item.frame or not self.image_processor:
+            return item
+        source = images.sources(item)[0]
+        frame = FRAMES[self.model.config.model_type] or self._resized(source, item.id)
+        return replace(item, frame=(*frame, *images.size_of(source)))
+
+    def look(self, item: Item, ids: list[int]) -> Pictures | None:
+        """Open the images of an item whose prompt has these token ids. None where it has no image."""
+        if item.image is None:
+            return None
+        opened = self.image_processor([images.open_image(source, item.id) for source in images.sources(item)], return_tensors="pt")
+        row, grids = torch.tensor([ids]), opened["image_grid_thw"]
+        expected = int(grids.prod(1).sum()) // self.image_processor.merge_size**2
+        if (found := int((row == self.image_token).sum())) != expected:
+            raise ValueError(f"{item.id}: the prompt has {found} image tokens and its images {expected} features")
+        positions, _ = self.model.model.get_rope_index(row, (row == self.image_token).int(), image_grid_thw=grids)
+        return Pictures(opened["pixel_values"], grids, positions[:, 0])
+
+    def _tower(self, seen: list[Pictures]) -> Tensor:
+        """The vision tower on all images of some prompts -> [image tokens, D]"""
+        pixels, grids = (torch.cat([getattr(pictures, name) for pictures in seen]).to(self.device) for name in ("pixels", "grids"))
+        return torch.cat(self.model.model.get_image_features(pixels, grids).pooler_output)
+
+    def _features(self, seen: list[Pictures]) -> Tensor:
+        """A frozen tower runs once per prompt, and its features serve sampling and every pass of the update; a trained one runs in every forward pass."""
+        if self.train_vision:
+            return self._tower(seen)
+        for pictures in seen:
+            if pictures.features is None:
+                with torch.no_grad():
+                    pictures.features = self._tower([pictures])
+        return torch.cat([pictures.features for pictures in seen])
+
+    def _positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of the prompts' tokens, [P, L] or, where the model sees, [3, P, L]; and where their completions start, [P]: at the prompt's own end, not the padded one."""
+        positions = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)
+        if not self.image_processor:
+            return positions, batch.prompt_mask.sum(1)
+        positions = positions.expand(3, -1, -1).clone()
+        for p, pictures in enumerate(batch.pictures):
+            if pictures is not None:                                                              # an image of h x w tokens takes max(h, w) positions
+                positions[:, p, -pictures.positions.shape[1]:] = pictures.positions.to(self.device)
+        return positions, positions.amax((0, 2)) + 1
+
     # -- the model's three calls: hidden states, head, values
     def _autocast(self):
         """--full on a GPU: fp32 weights, bf16 products. LoRA and CPU compute in the weights' own type."""
         mixed = self.device.type == "cuda" and self.model.dtype == torch.float32 and torch.cuda.is_bf16_supported()
         return torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
 
-    def _hidden(self, ids: Tensor, positions: Tensor, layout: Packed | Cache) -> Tensor:
-        """ids, positions [P, S] -> the decoder's last hidden states [P, S, D]"""
+    def _hidden(self, ids: Tensor, positions: Tensor, layout: Packed | Cache, pictures: list[Pictures | None] = ()) -> Tensor:
+        """ids [P, S], positions [P, S] or [3, P, S] -> the decoder's last hidden states [P, S, D]"""
         cache = {"past_key_values": layout, "use_cache": True} if isinstance(layout, Cache) else {"use_cache": False}
-        return self.model.get_decoder()(input_ids=ids, attention_mask=NO_MASK.to(ids.device), position_ids=positions,
-                                        prompt_once=layout, **cache).last_hidden_state
+        inputs = {"input_ids": ids}
+        if seen := [p for p in pictures if p is not None]:
+            words = self.model.get_input_embeddings()(ids)                                        # [P, S, D]
+            inputs = {"inputs_embeds": words.masked_scatter((ids == self.image_token)[..., None], self._features(seen).to(words.dtype))}
+        if self.image_processor and positions.dim() == 2:
+            positions = positions.expand(3, -1, -1)
+        return self.model.get_decoder()(**inputs, attention_mask=NO_MASK.to(ids.device), position_ids=positions, prompt_once=layout, **cache).last_hidden_state
 
     def _logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """[..., D] -> [..., V] in fp32, divided by the temperature: the one place where sampler, scorer and reference get theirs."""
-        return self.model.lm_head(hidden).float() / (temperature or 1.0)
+        logits = self.model.lm_head(hidden).float() / (temperature or 1.0)
+        return logits.index_fill_(-1, self.forbidden, -1e9) if len(self.forbidden) else logits    # not -inf: 0 x -inf in the entropy would be NaN
 
     # -- sampling
     @torch.no_grad()
-    def sample(self, items: list[Item], n: int, max_new: int, temperature: float, seed: int, first_row: int = 0, style: str = "think",
-               prompts: list[list[int]] | None = None) -> list[Rollout]:
+    def sample(self, items: list[Item], n: int, max_new: int, temperature: float, seed: int, first_row: int = 0, style: str = "think") -> list[Rollout]:
         """n completions of each item, of at most max_new tokens; temperature 0 is greedy. Returns len(items)*n rollouts, an item's together.
 
         Row r draws its random numbers from (seed, first_row + r) alone: neither batching nor who else is alive changes what it says.
         There is no top-k or top-p: the policy that is scored must be the one that was sampled.
         """
-        prompts = self.encode(items, style) if prompts is None else prompts
-        P = len(items)
+        P, started = len(items), [self.start(item, p, style) for p, item in enumerate(items)]
         uniforms = torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=[seed % 2**64, first_row + row])).random(max_new)
                                               for row in range(P * n)])).to(self.device)                              # [P*n, max_new]
-        empty = [Rollout(item, p, ids, [], [], False) for p, (item, ids) in enumerate(zip(items, prompts))]
-        batch = collate(empty, self.device)                                                       # for its left-padded prompts
+        batch = collate(started, self.device)                                                     # for its left-padded prompts
         cache = Cache(batch.prompt_mask, n, max_new)
         tokens = torch.zeros(P * n, max_new, dtype=torch.long, device=self.device)
         logps = torch.zeros(P * n, max_new, device=self.device)
         eos = torch.tensor(self.eos_ids, device=self.device)
         done = torch.zeros(P * n, dtype=torch.bool, device=self.device)
         rows = torch.arange(P * n, device=self.device).view(P, n)                                 # [P', G'] which row sits in which slot
-        lengths = batch.prompt_mask.sum(1)                                                        # [P'] position of the next token
+        positions, lengths = self._positions(batch)                                               # lengths [P']: position of the next token
         self.model.eval()                                                                         # in train mode checkpointing drops the cache
         with self._autocast():
-            positions = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)
-            hidden = self._hidden(batch.prompt_ids, positions, cache)[:, -1:]                     # [P, 1, D]: left-padded, so the last is real
+            hidden = self._hidden(batch.prompt_ids, positions, cache, batch.pictures)[:, -1:]     # [P, 1, D]: left-padded, so the last is real
             for t in range(max_new):
                 picked, picked_logps = pick(self._logits(hidden, temperature), uniforms[rows, t], greedy=temperature == 0)      # [P', G'] x 2
                 tokens[rows, t], logps[rows, t] = picked, picked_logps
@@ -394,8 +507,17 @@ class Policy:
                     rows, lengths = drop_finished(rows, lengths, done, cache)
                 cache.length = t
                 hidden = self._hidden(tokens[rows, t], lengths[:, None].expand_as(rows) + t, cache)                            # [P', G', D]
-        return [self._rollout(items[row // n], row // n, prompts[row // n], *ids_and_logps)
-                for row, ids_and_logps in enumerate(zip(tokens[:, :t + 1].tolist(), logps[:, :t + 1].tolist()))]
+        return [self._finish(started[row // n], *ids_and_logps) for row, ids_and_logps in enumerate(zip(tokens[:, :t + 1].tolist(), logps[:, :t + 1].tolist()))]
+
+    def start(self, item: Item, group: int, style: str) -> Rollout:
+        """A rollout with its prompt and nothing written yet."""
+        ids = self.prompt(item, style)
+        return Rollout(self.framed(item), group, ids, [], [], False, pictures=self.look(item, ids))
+
+    def written(self, started: Rollout, text: str, end: bool = False) -> Rollout:
+        """A rollout that nobody sampled: this text as the completion; end: and the token that ends it."""
+        ids = self.tokenizer(text if self.chat else " " + text, add_special_tokens=False).input_ids + [self.end_id] * end
+        return replace(started, completion_ids=ids, sample_logps=[0.0] * len(ids), finished=True, text=text)
 
     def _answer_end(self, ids: list[int]) -> int | None:
         """How many of the ids it takes until the text holds </answer>; None where it does not."""
@@ -407,13 +529,13 @@ class Policy:
             low, high = (low, middle) if "</answer>" in self.tokenizer.decode(ids[:middle]) else (middle + 1, high)
         return low
 
-    def _rollout(self, item: Item, group: int, prompt_ids: list[int], ids: list[int], logps: list[float]) -> Rollout:
+    def _finish(self, started: Rollout, ids: list[int], logps: list[float]) -> Rollout:
         """Cut a row where it ended, which does not depend on when the sampling loop noticed."""
         ends = [t + 1 for t, token in enumerate(ids) if token in self.eos_ids][:1]
         if self.stop_answer and (end := self._answer_end(ids)) is not None:
             ends.append(end)
         n = min(ends, default=len(ids))
-        return Rollout(item, group, prompt_ids, ids[:n], logps[:n], finished=bool(ends), text=self.tokenizer.decode(ids[:n], skip_special_tokens=True))
+        return replace(started, completion_ids=ids[:n], sample_logps=logps[:n], finished=bool(ends), text=self.tokenizer.decode(ids[:n], skip_special_tokens=True))
 
     # -- scoring
     def score(self, batch: Batch, temperature: float = 1.0, values_too: bool = True) -> Scores:
@@ -425,22 +547,22 @@ class Policy:
         _, G, T = batch.completion_ids.shape
         fed = batch.completion_ids[:, :, :T - 1]                                                  # nothing is predicted from the last token
         ids = torch.cat([batch.prompt_ids, fed.flatten(1)], 1)                                    # [P, L + G*(T-1)]
-        prompt_positions = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)                         # [P, L]
-        own = batch.prompt_mask.sum(1)[:, None] + torch.arange(T - 1, device=ids.device)          # [P, T-1]: from the prompt's own length on
-        positions = torch.cat([prompt_positions, own.repeat(1, G)], 1)
+        positions, starts = self._positions(batch)                                                # [P, L] or [3, P, L]; [P]
+        own = (starts[:, None] + torch.arange(T - 1, device=ids.device)).repeat(1, G)             # [P, G*(T-1)]
+        positions = torch.cat([positions, own.expand(*positions.shape[:-1], -1)], -1)
         self.model.train(self.checkpointing and torch.is_grad_enabled())
         layout = Packed(batch.prompt_mask, G, T - 1)
         def predicting(h):                                                                        # [P, L + G*(T-1), D] -> [P, G, T, D], row t predicts token t
             last = h[:, None, L - 1:L].expand(P, G, 1, -1)                                        # the prompt's last: every completion's first token
             return torch.cat([last, h[:, L:].unflatten(1, (G, T - 1))], 2)
         with self._autocast():
-            hidden = predicting(self._hidden(ids, positions, layout))
+            hidden = predicting(self._hidden(ids, positions, layout, batch.pictures))
             logps, entropy = self._token_logps(hidden[batch.mask], batch.completion_ids[batch.mask], temperature)
             values = None
             if self.critic and values_too:
                 if self.critic == "lora":
                     with self._adapters("critic"):
-                        hidden = predicting(self._hidden(ids, positions, layout))
+                        hidden = predicting(self._hidden(ids, positions, layout, batch.pictures))
                 seen = hidden if self.critic == "lora" else hidden.detach()                       # "head": reads the policy's states, never moves them
                 values = self.value_head(seen[batch.mask].float())[:, 0]
         spread = lambda x: torch.zeros(P, G, T, device=ids.device).masked_scatter(batch.mask, x)  # [sum len] -> [P, G, T]
@@ -561,30 +683,6 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-# ------------------------------------------------------------------------------------- demo, run folders
-def demo_policy(seed: int, **kwargs) -> Policy:
-    """A random Qwen2 of 0.2 million weights and a tokenizer of the demo's words, all trained. No download.
-
-    The template shows only the user's turn: a model this small learns the form from its warm start, not from an instruction.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    words = ["<pad>", "<eos>", "<unk>", *data.demo_words()]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
-                                        clean_up_tokenization_spaces=False)
-    tokenizer.chat_template = ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% elif m.role == 'assistant' %}"
-                               "{{ m.content }} <eos>{% endif %}{% endfor %}")
-    config = Qwen2Config(vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, initializer_range=.15, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-                         tie_word_embeddings=False, bos_token_id=None, eos_token_id=1, pad_token_id=0, attn_implementation="prompt_once")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
-    return Policy(model, tokenizer, lora=0, **kwargs)
-
-
 def pick_device(name: str) -> str:
     """auto -> cuda where there is one, else cpu."""
     if name == "auto":
@@ -604,36 +702,6 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def read_run(path: str) -> dict:
-    """The config of a run folder, {} where `path` is none (a model folder or a hub name)."""
-    file = Path(path) / "run.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["config"] if file.is_file() else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} is damaged ({type(error).__name__}: {error}): start a new run") from None
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint whose files match their checksums; a damaged one is named and passed over."""
-    for state in sorted((run / "checkpoints").glob("[0-9]*[0-9]/state.json"), reverse=True):
-        try:
-            sums = json.loads(state.read_text(encoding="utf-8"))["sha256"]
-            if all(checksum(state.parent / name) == expected for name, expected in sums.items()):
-                return state.parent
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
-        print(f"{state.parent} is damaged (its checksums do not match): the one before it is used", file=sys.stderr)
-    return None
-
-
-def checksum(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(2**22):
-            total.update(block)
-    return total.hexdigest()
-
-
 def model_shape(name_or_path: str):
     """The text model's config: layers, widths, heads, vocabulary."""
     return AutoConfig.from_pretrained(name_or_path).get_text_config(decoder=True)
@@ -642,34 +710,11 @@ def model_shape(name_or_path: str):
 def model_size(name_or_path: str, rank: int) -> tuple[int, int]:
     """(weights, weights trained) of a model, from its config alone. rank 0: all are trained."""
     try:
+        config = AutoConfig.from_pretrained(name_or_path)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name_or_path))
+            model = (AutoModelForImageTextToText if config.model_type in FRAMES else AutoModelForCausalLM).from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"cannot read the config of {name_or_path}: {first_line(error)}") from None
     total = sum(p.numel() for p in model.parameters())
     linear = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
     return total, rank * sum(m.in_features + m.out_features for m in linear) if rank else total
-
-
-def open_policy(path: str, device: str, **kwargs) -> tuple[Policy, dict]:
-    """A run folder's newest checkpoint, a model folder or a hub name -> the policy, and the run's config ({} for a model)."""
-    config = read_run(path)
-    if not config:
-        return Policy.load(path, device, torch.bfloat16 if device.startswith("cuda") else torch.float32, lora=0, **kwargs), {}
-    checkpoint = newest_checkpoint(Path(path))
-    if checkpoint is None:
-        raise UsageError(f"{path} is a run without a finished checkpoint: resume it with train.py --resume {path}")
-    policy = Policy.load(base_model(path, config), device, **(policy_settings(config) | kwargs))
-    tensors = load_file(checkpoint / "policy.safetensors")
-    policy.load_trainable({name: tensors[name] for name in policy.trainable() if name in tensors})            # without the critic
-    return policy, config
-
-
-def base_model(run: str | Path, config: dict) -> str:
-    """The model a run started from: the demo's lies in the run folder itself."""
-    return config["model"] or str(Path(run) / "model")
-
-
-def policy_settings(config: dict) -> dict:
-    """The arguments of Policy that a run's config fixes."""
-    return {"lora": 0 if config["full"] else config["lora"], **{name: config[name] for name in ("lora_alpha", "lora_targets", "template", "stop_answer", "seed")}}

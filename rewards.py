@@ -1,14 +1,19 @@
 """The verifiable reward: from the text of one completion to a number, and to the stage of training it belongs to.
 
-Read it with Med-RLVR (arXiv 2502.19655), section 3 (malformed -1, wrong 0, right +1) and section 4.2.1 (six stages of training).
+Read it with Med-RLVR (arXiv 2502.19655), section 3 (malformed -1, wrong 0, right +1) and section 4.2.1 (six stages of training),
+and for images with VRFT-Aug (arXiv 2602.10619): boxes before classes, credit for a grade nearly right, reciting the knowledge given.
 It is the only grader: training, evaluation and the baselines all call `grade`, which sees the completion and never the prompt.
 Whatever a policy can write it will some day write, so an answer is matched whole, never by substring, and in time linear in its length.
 """
+import math
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+from data import LETTERS, to_image
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -80,6 +85,11 @@ def normal(text: str) -> str:
         text = peeled
 
 
+def hopeless(answer: str | None, options: tuple[str, ...]) -> bool:
+    """Empty, or far longer than every option: it names none of them, whatever it holds."""
+    return not answer or len(answer) > 200 + 2 * max(map(len, options), default=0)
+
+
 def match_option(answer: str | None, options: tuple[str, ...]) -> str:
     """The letters that an answer names: one, more where options are alike (either is right then), "" where it names none.
 
@@ -91,8 +101,8 @@ def match_option(answer: str | None, options: tuple[str, ...]) -> str:
     >>> [match_option(a, options) for a in ("a small region", "A: D cells", "D", "A B C", "pneumonia or not", "")]
     ['', '', '', '', '', '']
     """
-    if not answer or len(answer) > 200 + 2 * max(map(len, options), default=0):
-        return ""                                               # far longer than every option: none of them, whatever it holds
+    if hopeless(answer, options):
+        return ""
     answer, texts = normal(answer), [normal(option) for option in options]
     for fold in (str, str.casefold):                            # "AA" and "Aa" are two genotypes: exact case first
         alike = [letter for letter, text in zip(LETTERS, texts) if fold(text) == fold(answer)]
@@ -110,6 +120,204 @@ def match_option(answer: str | None, options: tuple[str, ...]) -> str:
     return ""
 
 
+_JOINER = re.compile(r"(?<=[^\W_])[-_\u2010\u2011]+(?=[^\W_])")   # inside a word: the sign of "-1" stays
+
+
+def folded(text: str) -> str:
+    """`normal`, case folded, hyphens and underscores inside words as spaces: labels come as "basal-cell_carcinoma" too.
+
+    >>> folded("**Basal-cell_carcinoma.**"), folded("-1")
+    ('basal cell carcinoma', '-1')
+    """
+    return _JOINER.sub(" ", normal(text)).casefold()
+
+
+def named(item, answer: str | None) -> tuple[str, ...]:
+    """What an answer names, in the words of `item.answer`: letters for "choice", else one class or grade; () where it names none. Boxes have no names.
+
+    A class is named by its whole name only, never by a part of it (Visual-RFT's substring test pays "a" and a list of all classes).
+
+    >>> from types import SimpleNamespace as Item
+    >>> item = Item(task="classify", options=("melanoma", "nevus"))
+    >>> [named(item, a) for a in ("Melanoma.", "nevus", "no nevus", "melanoma, nevus", "n")]
+    [('melanoma',), ('nevus',), (), (), ()]
+    >>> named(Item(task="grade", options=("0", "1", "2")), "Grade 2")
+    ('2',)
+    """
+    if item.task == "choice":
+        return tuple(match_option(answer, item.options))
+    if item.task == "localize" or hopeless(answer, item.options):
+        return ()
+    key = lambda text: folded(text).removeprefix("grade ") if item.task == "grade" else folded(text)
+    names = tuple(name for name in item.options if key(name) == key(answer))
+    return names if len(names) == 1 else ()
+
+
+# ------------------------------------------------------------------------------------------------------- grades
+FUZZY = {"tenth": "1,0.5,0.1",                      # two grades off: VRFT-Aug gives 1/10 in one place and 0.0625 in another, as a public review says;
+         "sixteenth": "1,0.25,0.0625",              # one grade off: not public, both values are our choice (the second row is 4^-d)
+         "asymmetric": "1,0.25,0/1,0.5,0.1"}        # under/over: to miss a disease costs more than to overcall it; our choice
+
+
+def fuzzy_tables(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The credits by distance for a grade (below, above) the gold one. text: a name of FUZZY, "1,0.5,0.1", or "under/over"; "" pays the gold grade only.
+
+    >>> fuzzy_tables(""), fuzzy_tables("1,0.25/1,0.5,0.1")
+    (((1.0,), (1.0,)), ((1.0, 0.25), (1.0, 0.5, 0.1)))
+    """
+    try:
+        tables = [tuple(float(value) for value in side.split(",")) for side in FUZZY.get(text, text or "1").split("/")]
+    except ValueError:
+        tables = []
+    sound = all(table[0] == 1 and all(0 <= farther <= nearer for nearer, farther in zip(table, table[1:])) for table in tables)
+    if len(tables) not in (1, 2) or not sound:
+        raise ValueError(f"fuzzy {text!r}: expected {', '.join(FUZZY)}, or the credits at distance 0, 1, 2, ... such as 1,0.5,0.1 "
+                         "(first 1, never rising, none below 0), or two such lists, under/over")
+    return tables[0], tables[-1]
+
+
+def fuzzy(predicted: int, gold: int, table) -> float:
+    """R_fuzzy = table[|predicted - gold|], 0 beyond it: VRFT-Aug's multi-grade fuzzy reward. With the table (1,) it is the plain one.
+
+    >>> fuzzy(3, 1, (1, .5, .1)), fuzzy(4, 1, (1, .5, .1))
+    (0.1, 0.0)
+    """
+    distance = abs(predicted - gold)
+    return float(table[distance]) if distance < len(table) else 0.0
+
+
+# -------------------------------------------------------------------------------------------------------- boxes
+MAX_BOXES = 10_000
+_NUMBER = r"\s{0,9}(-?[0-9]{1,7}(?:\.[0-9]{1,9})?)\s{0,9}"     # every repeat is bounded: linear in time on any text. No exponents, no NaN
+_BOX = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
+
+
+def boxes(text: str | None, limit: int = MAX_BOXES) -> list[tuple[float, float, float, float]]:
+    """The boxes [x1, y1, x2, y2] of a text in order, the first `limit` of them: [[...], [...]] and Qwen's [{"bbox_2d": [...], "label": "..."}] alike.
+
+    >>> boxes('{"bbox_2d": [ 3 , 4 , 5.5 , 6 ]} [1, 2, 3] [1, 2, 3, 4, 5] [1e3, 2, 3, NaN] [0, 0, -1, 9]')
+    [(3.0, 4.0, 5.5, 6.0), (0.0, 0.0, -1.0, 9.0)]
+    """
+    return [tuple(map(float, found.groups())) for found in islice(_BOX.finditer(text or ""), limit)]
+
+
+def overlap(a, b) -> tuple[float, float, float]:
+    """Areas of (intersection, union, smallest box around both); (0, 0, 0) where one is no box: reversed, empty, NaN, or too large to multiply."""
+    for x1, y1, x2, y2 in (a, b):
+        if not (-1e150 < x1 < x2 < 1e150 and -1e150 < y1 < y2 < 1e150):        # false for NaN too
+            return 0.0, 0.0, 0.0
+    area = lambda x1, y1, x2, y2: max(0, x2 - x1) * max(0, y2 - y1)
+    inside = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    around = area(min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3]))
+    return inside, area(*a) + area(*b) - inside, around
+
+
+def iou(box_a, box_b) -> float:
+    """Intersection over union of two half-open boxes, as continuous areas; 0 where one of them is no box.
+
+    >>> iou((0, 0, 2, 2), (1, 0, 3, 2)), iou((0, 0, 2, 2), (2, 0, 0, 2))            # 2 / (4 + 4 - 2)
+    (0.3333333333333333, 0.0)
+    """
+    inside, union, _ = overlap(box_a, box_b)
+    return inside / union if union else 0.0
+
+
+def giou(box_a, box_b) -> float:
+    """GIoU = IoU - (C - union) / C, C the smallest box around both (arXiv 1902.09630): in (-1, 1], and -1 where one of them is no box.
+
+    >>> giou((0, 0, 1, 1), (3, 0, 4, 1)), giou((0, 0, 1, 1), (1, 1, 0, 0))          # 0 - (4 - 2) / 4
+    (-0.5, -1.0)
+    """
+    inside, union, around = overlap(box_a, box_b)
+    return inside / union - (around - union) / around if union else -1.0
+
+
+def match_boxes(predicted, gold, similarity=iou) -> list[tuple[int, int, float]]:
+    """The one-to-one matching with the greatest sum: triples (i, j, similarity of predicted[i] and gold[j]) in order of i, as many as the shorter list.
+
+    The Hungarian method as shortest augmenting paths, O(n^2 m): greedy matching would let the order of the boxes decide.
+
+    >>> match_boxes([(0, 0, 3, 1), (0, 0, 2, 1)], [(0, 0, 2, 1), (2, 0, 4, 1)])     # greedy by predicted box gives .67 + 0
+    [(0, 1, 0.25), (1, 0, 1.0)]
+    """
+    value = [[similarity(p, g) for p in predicted] for g in gold]                   # [rows][columns], no more rows than columns
+    if swap := len(gold) > len(predicted):
+        value = list(zip(*value))
+    n, m = len(value), max(len(gold), len(predicted))
+    price_row, price, row_of = [0.0] * (n + 1), [0.0] * (m + 1), [0] * (m + 1)      # counted from 1; row_of[j] = 0: column j is free
+    for row in range(1, n + 1):
+        slack, came_from, done, left, j = [math.inf] * (m + 1), [0] * (m + 1), [], set(range(m + 1)), 0
+        row_of[0] = row
+        while row_of[j]:                                                            # grow the cheapest path until it ends at a free column
+            done.append(j)
+            left.remove(j)
+            for k in left:
+                if (cost := -value[row_of[j] - 1][k - 1] - price_row[row_of[j]] - price[k]) < slack[k]:
+                    slack[k], came_from[k] = cost, j
+            j = min(left, key=lambda k: (slack[k], k))
+            step = slack[j]
+            for k in done:
+                price_row[row_of[k]] += step
+                price[k] -= step
+            for k in left:
+                slack[k] -= step
+        while j:                                                                    # hand each row of the path the next column
+            row_of[j], j = row_of[came_from[j]], came_from[j]
+    pairs = [(row_of[j] - 1, j - 1) if swap else (j - 1, row_of[j] - 1) for j in range(1, m + 1) if row_of[j]]
+    return [(i, j, value[i][j] if swap else value[j][i]) for i, j in sorted(pairs)]
+
+
+def box_score(predicted, gold, similarity=iou) -> float:
+    """sum of matched IoU / max(n_gold, n_predicted), Visual-RFT's form: the mean IoU in which each missed and each superfluous box counts 0.
+
+    Only the first 2 n_gold + 10 predicted boxes can be matched, for bounded time; the others are superfluous. Without gold boxes nothing can be earned.
+
+    >>> box_score([(0, 0, 2, 2), (0, 0, 2, 2)], [(0, 0, 2, 2)]), box_score([], [(0, 0, 2, 2)])      # said twice, and not said
+    (0.5, 0.0)
+    """
+    matched = match_boxes(predicted[:2 * len(gold) + 10], gold, similarity)
+    return sum(value for _, _, value in matched) / max(len(gold), len(predicted), 1)
+
+
+def box_credit(predicted, gold, config) -> float:
+    """What boxes earn: "iou", the mean IoU; "threshold", 1 if it reaches tau (MedLoc-R1, arXiv 2603.28120); "giou", the mean of (1 + GIoU) / 2.
+
+    GIoU tells near from far where IoU is 0. But any box earns something then, the whole image more than 1/2: so it is not the default.
+    """
+    if config.box_reward == "giou":
+        return box_score(predicted, gold, lambda a, b: (1 + giou(a, b)) / 2)
+    if config.box_reward not in ("iou", "threshold"):
+        raise ValueError(f"no box reward named {config.box_reward!r}: iou, giou, threshold")
+    score = box_score(predicted, gold)
+    return float(0 < score >= config.tau) if config.box_reward == "threshold" else score
+
+
+# --------------------------------------------------------------------------------------------------- recitation
+_WORD = re.compile(r"[^\W_]+")
+MAX_WORDS = 4_000           # of a hypothesis: the rest is not read
+
+
+def bleu(hypothesis: str, reference: str, n: int = 4) -> float:
+    """BLEU = min(1, e^(1 - r/c)) (p_1 ... p_K)^(1/K): c words in the hypothesis, r in the reference, p_k the share of its k-grams that the reference has.
+
+    K = min(n, c). The p_k without a hit count as 1/2, 1/4, ... of one hit ("exp" smoothing); with no word in common BLEU is 0. So it is sacrebleu's
+    sentence_bleu, effective order on, of lower-case words. Of VRFT-Aug no more than "BLEU" is public: order, smoothing and words are our choice.
+
+    >>> bleu("The lens is RED.", "the lens is red"), round(bleu("a b", "a b c d"), 4), bleu("x", "y")      # all; e^(1 - 4/2); none
+    (1.0, 0.3679, 0.0)
+    """
+    words, target = ([found[0] for found in islice(_WORD.finditer(text.lower()), limit)] for text, limit in ((hypothesis, MAX_WORDS), (reference, None)))
+    logs, halved = [], 1.0
+    for k in range(1, min(n, len(words)) + 1):
+        grams, known = (Counter(zip(*(sequence[i:] for i in range(k)))) for sequence in (words, target))
+        hits, total = (grams & known).total(), len(words) - k + 1
+        halved *= 1 if hits else 2
+        logs.append(math.log((hits or 1 / halved) / total))
+        if k == 1 and not hits:
+            return 0.0
+    return min(1.0, math.exp(1 - len(target) / len(words))) * math.exp(sum(logs) / len(logs)) if logs else 0.0
+
+
 # ----------------------------------------------------------------------------------------------------- stages
 STAGES = ("format failure", "verbose formatter", "concise structurer", "direct answer hacker", "step-by-step exploit", "reintegrated reasoning")
 BEFORE_WORDS = 15           # more words than this in front of <think> is reasoning moved out (threshold of arXiv 2509.15557's notebook)
@@ -118,14 +326,16 @@ VERBOSE_TOKENS = 256        # a completion above this is "needlessly long"; our 
 
 
 def gives_away(parsed: Parsed, item) -> bool:
-    """The think block is short and already names the answer that follows: its option's text, or "answer is B" / a lone letter at its end."""
+    """The think block is short and already names the answer that follows: its option's text, its class, or "answer is B" / a lone letter or grade at the end."""
     words = parsed.think.split()
     if len(words) >= SHORT_WORDS or len(parsed.think) > 100 * SHORT_WORDS or not parsed.answer:
         return False
-    think = normal(" ".join(words)).casefold()
-    for letter in match_option(parsed.answer, item.options):
-        text = normal(item.options[LETTERS.index(letter)]).casefold()
-        if f" {text} " in f" {think} " or re.search(rf"(?:^|\b(?:answer|option|choice|is)\s*:?\s*)\(?{letter.lower()}\)?$", think):
+    think = folded(" ".join(words))
+    for name in named(item, parsed.answer):
+        text = folded(item.options[LETTERS.index(name)] if item.task == "choice" else name)
+        short = re.escape(folded(name))                         # a letter or a number may stand anywhere: only where it ends the block it is an answer
+        spelled = f" {text} " in f" {think} " and not (item.task == "grade" and text.isdecimal())
+        if spelled or re.search(rf"(?:^|\b(?:answer|option|choice|grade|is)\s*:?\s*)\(?{short}\)?$", think):
             return True
     return False
 
@@ -142,7 +352,7 @@ def stage(parsed: Parsed, item, n_tokens: int) -> str:
     The rules are asked in this order. From one completion, stages 3 and 6 differ in length only; the paper tells them apart by what came before.
 
     >>> from types import SimpleNamespace as Item
-    >>> item = Item(options=("asthma", "gout"))
+    >>> item = Item(task="choice", options=("asthma", "gout"))
     >>> stage(parse("<think> it is gout </think> <answer> B </answer>"), item, 9)
     'direct answer hacker'
     >>> stage(parse("<think> a swollen red toe and high urate </think> <answer> B </answer>"), item, 15)
@@ -165,26 +375,46 @@ class Grade:
     total: float            # the reward: sum of weight * part over `weights(config)`, each part once
     parts: dict             # every part by name, those that carry no weight (`truncated`) too
     parsed: Parsed
-    correct: bool           # names the gold option, whatever the form around it: what accuracy counts
-    predicted: str          # the option letter named, "" where none is
+    correct: bool           # the gold option, class or grade is named, or mean IoU >= 0.5, whatever the form around it: what accuracy counts
+    predicted: str | tuple  # the letter, class or grade named, "" where none is; boxes in pixels of the original image, () where none is
 
 
-def weights(config) -> dict[str, float]:
-    """Which parts the reward is the weighted sum of. `config` is a train.Config."""
+def weights(config, task: str = "choice") -> dict[str, float]:
+    """Which parts the reward of a task is the weighted sum of. `config` is a train.Config."""
+    goal = "box" if task == "localize" else "fuzzy" if task == "grade" and config.fuzzy else "accuracy"
     if config.reward == "med-rlvr":                             # Med-RLVR, section 3
-        chosen = {"accuracy": 1.0, "malformed": -1.0}
+        chosen = {goal: 1.0, "malformed": -1.0}
     elif config.reward == "acc-format":                         # Visual-RFT and kin: accuracy + format
-        chosen = {"accuracy": 1.0, "format": config.w_format}
+        chosen = {goal: 1.0, "format": config.w_format}
     else:
         raise ValueError(f"no reward named {config.reward!r}: med-rlvr, acc-format")
-    guards = {"leak": -config.w_leak, "before": -config.w_before, "short": -config.w_short, "overlong": -config.w_overlong}
-    return chosen | {name: weight for name, weight in guards.items() if weight}
+    others = {"leak": -config.w_leak, "before": -config.w_before, "short": -config.w_short, "overlong": -config.w_overlong, "recite": config.recite}
+    return chosen | {name: weight for name, weight in others.items() if weight}
+
+
+def judge(item, answer: str | None, config) -> tuple[dict, str | tuple]:
+    """How right an answer is, whatever the form around it: {"accuracy", "fuzzy", "iou", "box"}, 0 where the task has none, and what it predicts."""
+    if item.task == "localize":
+        found = [to_image(box, item.frame) for box in boxes(answer)]
+        score = box_score(found, item.answer)
+        said = tuple(tuple(round(value, 1) for value in box) for box in found)
+        return {"accuracy": float(score >= .5), "fuzzy": 0.0, "iou": score, "box": box_credit(found, item.answer, config)}, said
+    names, gold, credit = named(item, answer), str(item.answer), 0.0
+    said = gold if gold in names else "".join(names[:1])
+    if item.task == "grade" and said and gold in item.options:
+        i, j = item.options.index(said), item.options.index(gold)
+        credit = fuzzy(i, j, fuzzy_tables(config.fuzzy)[i > j])
+    return {"accuracy": float(gold in names), "fuzzy": credit, "iou": 0.0, "box": 0.0}, said
 
 
 def grade(item, text: str, config, finished: bool = True, n_tokens: int | None = None) -> Grade:
     """The reward of one completion of one item.
 
-    parts, each in [0, 1]:  accuracy   the gold option is named (under med-rlvr: in a well-formed completion)
+    parts, each in [0, 1]:  accuracy   the gold option, class or grade is named, or mean IoU >= 0.5
+                            fuzzy      "grade": credit by distance from the gold grade; it replaces accuracy in the reward where config.fuzzy is set
+                            box        "localize": what the boxes are paid; it replaces accuracy in the reward.  iou: their mean IoU, for the log
+                            (accuracy, fuzzy, box and recite count under med-rlvr in a well-formed completion only)
+                            recite     BLEU of the think block against the knowledge in the prompt; its weight may be negative (VRFT-Aug's delta)
                             format     well formed (strict=True: and nothing outside the two blocks);  malformed = 1 - format
                             leak       the think block is very short and gives the answer away (stage 4; cf. arXiv 2509.15557's penalty on answer phrases)
                             before     more than 15 words stand in front of <think> (stage 5; the structural penalty of arXiv 2509.15557)
@@ -198,16 +428,19 @@ def grade(item, text: str, config, finished: bool = True, n_tokens: int | None =
         formed = bool(parsed.answer) and text.count("<answer>") == text.count("</answer>") == 1
     else:
         formed = is_strict(text) if config.strict else parsed.well_formed
-    named = match_option(parsed.answer, item.options)
-    correct = bool(item.answer) and item.answer in named
-    counts = correct and (formed or config.reward != "med-rlvr")
+    earned, predicted = judge(item, parsed.answer, config)
+    correct = earned["accuracy"] == 1
+    earned["recite"] = bleu(parsed.think, item.knowledge) if config.recite else 0.0
+    if not formed and config.reward == "med-rlvr":
+        earned = {name: value if name == "iou" else 0.0 for name, value in earned.items()}
     buffer = config.overlong_share * config.max_new                           # DAPO: the last 4,096 of 20,480 tokens
-    parts = {"accuracy": float(counts), "format": float(formed), "malformed": float(not formed), "truncated": float(not finished),
-             "leak": float(formed and gives_away(parsed, item)), "before": float(len(parsed.before.split()) > BEFORE_WORDS and bool(parsed.think)),
-             "short": max(0.0, 1 - len(parsed.think.split()) / config.min_think) if config.min_think else 0.0,
-             "overlong": min(max(((n_tokens or 0) - config.max_new + buffer) / buffer, 0.0), 1.0) if buffer else 0.0}
-    total = sum(weight * parts[name] for name, weight in weights(config).items())
-    return Grade(total, parts, parsed, correct, item.answer if correct else named[:1])
+    parts = earned | {
+        "format": float(formed), "malformed": float(not formed), "truncated": float(not finished),
+        "leak": float(formed and gives_away(parsed, item)), "before": float(len(parsed.before.split()) > BEFORE_WORDS and bool(parsed.think)),
+        "short": max(0.0, 1 - len(parsed.think.split()) / config.min_think) if config.min_think else 0.0,
+        "overlong": min(max(((n_tokens or 0) - config.max_new + buffer) / buffer, 0.0), 1.0) if buffer else 0.0}
+    total = sum(weight * parts[name] for name, weight in weights(config, item.task).items())
+    return Grade(total, parts, parsed, correct, predicted)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,10 @@ Every algorithm is a row of `ALGOS`: settings of the same weighted sum, none has
 `python train.py` trains the demo in about a minute on a laptop; `python train.py --dataset medqa` is the paper's task on one GPU.
 """
 import argparse
-import dataclasses
 import difflib
 import hashlib
 import json
 import math
-import os
-import random
 import shutil
 import sys
 import time
@@ -20,15 +17,18 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import data
+import demo
 import eval as evaluation
 import grpo
+import images
 import policy as policies
 import rewards
+import runs
 from data import UsageError
 from policy import Policy, Rollout, collate
 
@@ -43,14 +43,20 @@ class Config:
     # what to learn from
     dataset: str = setting("demo", f"{', '.join(data.DATASETS)}, or a JSONL file or folder of your own")
     data_dir: str = setting("", "folder that holds the published files, instead of the hub")
+    task: str = setting("", "where a data set offers several: localize, classify or grade; empty = its own", ("", "classify", "grade", "localize"))
+    target: str = setting("", "bccd: which cells to find: WBC (empty), RBC or Platelets")
+    shots: int = setting(0, "train on N items of each class, drawn by the seed; 0 = all")
+    balanced: bool = setting(False, "train on every class equally often, repeating the items of rarer ones")
     limit: int = setting(0, "train on the first N items only; 0 = all")
     eval_limit: int = setting(0, "evaluate on the first N items of dev and of test only; 0 = all")
     shuffle_options: bool = setting(False, "another order of the options for each item, fixed by the seed")
     style: str = setting("think", "prompt", ("think", "direct", "cot"))
+    knowledge: str = setting("none", "prior knowledge in the prompt: about the kind of image (task), and about each class (class)", ("none", "task", "class"))
+    knowledge_file: str = setting("", "a file of your own for it; empty = the data set's in knowledge/")
     max_prompt: int = setting(1024, "tokens; a longer prompt is dropped and counted, never cut")
     hackable: bool = setting(False, "demo only: a warm start in which reasoning in front of <think> pays, to watch a reward hack (stage 5)")
     # the model
-    model: str = setting("", "Hugging Face folder or hub name; empty = the demo's tiny model")
+    model: str = setting("", "Hugging Face folder or hub name; tiny-vl = a random Qwen2.5-VL of 0.3 million weights, to try things; empty = the demo's tiny model")
     init: str = setting("", "run folder whose policy to start from, and to keep as the reference")
     device: str = setting("auto", "auto, cpu, cuda")
     template: str = setting("auto", "auto = the tokenizer's chat template where it has one", ("auto", "chat", "plain"))
@@ -59,6 +65,8 @@ class Config:
     lora: int = setting(16, "rank of the adapters")
     lora_alpha: float = setting(32.0, "their scale is alpha / rank")
     lora_targets: str = setting("all", "all, or a comma list such as q_proj,v_proj")
+    train_vision: bool = setting(False, "train the vision tower too (with adapters of its own, or all of it with --full)")
+    max_pixels: int = setting(0, "images are shrunk to at most so many pixels; 0 = the model's own limit")
     # the algorithm: --algo sets the rest of this block, and flags override it
     algo: str = setting("grpo", "a row of the table of algorithms", ("grpo", "dr_grpo", "dapo", "rloo", "gspo", "ppo", "sft"))
     advantage: str = setting("group", "compare with the group's other samples, or with a learned value (GAE)", ("group", "gae"))
@@ -99,6 +107,10 @@ class Config:
     w_short: float = setting(0.0, "penalty for too short a reasoning")
     min_think: int = setting(30, "words of reasoning below which w_short grows, to 1 at none")
     w_overlong: float = setting(0.0, "weight of the soft penalty for completions near the limit")
+    fuzzy: str = setting("", "credit of a grade by its distance from the gold one: 1,0.5,0.1 or under/over, or tenth, sixteenth, asymmetric; empty = 0 or 1")
+    box_reward: str = setting("iou", "localize: mean IoU, mean generalised IoU, or 1 where the mean IoU reaches a threshold", ("iou", "giou", "threshold"))
+    tau: float = setting(0.5, "that threshold")
+    recite: float = setting(0.0, "weight of the BLEU of the think block with the knowledge; below 0 it is a penalty")
     overlong_share: float = setting(0.2, "last share of max_new over which it rises to 1")
     # the optimiser
     steps: int = setting(300, "training steps")
@@ -123,6 +135,9 @@ DEFAULTS = {
     "medqa": dict(model="Qwen/Qwen2.5-3B", template="plain", steps=300, lr=1e-5, max_new=512, micro_batch=2),      # base model, as in the paper; the rest is our choice
 }
 DEFAULTS["medqa-4"] = DEFAULTS["medqa"]
+DEFAULTS["demo-images"] = DEFAULTS["demo"] | dict(steps=75, prompts=12, max_new=32, eval_every=25)
+IMAGES = dict(model="Qwen/Qwen2.5-VL-3B-Instruct", steps=200, lr=1e-5, max_new=256, max_prompt=2048, micro_batch=2)        # bccd and MedMNIST; 200 steps as in Visual-RFT
+DEFAULTS |= {name: IMAGES for name in ("bccd", *images.NAMES)}
 DEMO_ALGOS = {         # what the demo needs beside them; settings that worked in trials
     "ppo": dict(full=False, lora=16, critic="lora", critic_warmup=16, lr=1e-3, value_lr=3e-3),
     "sft": dict(prompts=32),
@@ -157,8 +172,8 @@ RECIPES = {
 def train(config: Config, run: Path, policy: Policy, splits: dict) -> None:
     """From the newest checkpoint to config.steps. All randomness is a function of (seed, step), so a resumed run does what the first would have done."""
     optimizer = make_optimizer(policy, config)
-    first = restore(run, policy, optimizer)
-    log = Log(run, first)
+    first = runs.restore(run, policy, optimizer)
+    log = runs.Log(run, first)
     history = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="train", unit="step", disable=None)
     for step in bar:
@@ -183,7 +198,7 @@ def train(config: Config, run: Path, policy: Policy, splits: dict) -> None:
         log.write(metrics, rollouts[:config.log_groups * config.samples],
                   {"sample_s": sampled - start, "step_s": time.perf_counter() - start, "tokens": sum(len(r.completion_ids) for r in rollouts)})
         if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
-            save_checkpoint(run, policy, optimizer, step + 1, config.keep)
+            runs.save_checkpoint(run, policy, optimizer, step + 1, config.keep)
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "accuracy", "length") if name in metrics})
     log.close()
 
@@ -222,9 +237,8 @@ def demonstrations(policy: Policy, items: list, config: Config, step: int) -> tu
 
 
 def demonstration(policy: Policy, item, group: int, config: Config) -> Rollout:
-    text = data.completion(item, config.style)
-    ids = policy.tokenizer(text if policy.chat else " " + text, add_special_tokens=False).input_ids + [policy.end_id]
-    return evaluation.graded(Rollout(item, group, policy.prompt(item, config.style), ids, [0.0] * len(ids), True, text), config)
+    started = policy.start(item, group, config.style)
+    return evaluation.graded(policy.written(started, data.completion(started.item, config.style), end=True), config)
 
 
 def set_advantages(rollouts: list[Rollout], config: Config) -> None:
@@ -397,119 +411,10 @@ def say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
-# --------------------------------------------------------------------------------- the demo's warm start
-def warm_start(policy: Policy, items: list, config: Config, clean_steps: int = 1500, diluted_steps: int = 60):
-    """Make the demo's stand-in for a base model; returns after the clean part once (for its evaluation), then at the end.
-
-    Reinforcement learning brings out what a model can do now and then. So the random model is first taught the task, cleanly, and then spoilt
-    (mostly random letters, broken form) until it samples badly: a skill is there, but not reliable. Tried on: settings in the README.
-    """
-    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=2.5e-3)
-    rng = random.Random(f"warm {config.seed}")
-    prompts = {item.id: policy.prompt(item) for item in items}
-    for step in tqdm(range(clean_steps + diluted_steps), desc="warm start", unit="step", leave=False, disable=None):
-        if step == clean_steps:
-            yield "clean"
-        diluted = step >= clean_steps
-        schedule = min((step + 1) / 20, 1.0, 2 * (1 - step / clean_steps))                    # warm-up, constant, linear to 0 in the second half
-        optimizer.param_groups[0]["lr"] = 1e-3 if diluted else 2.5e-3 * schedule
-        rollouts = []
-        for item in data.batch_for_step(items, step, 32, f"warm {config.seed}"):
-            outside = config.hackable and rng.random() < .4                                   # this form stays whole: so it pays
-            if diluted and not outside and rng.random() > .25:
-                item = dataclasses.replace(item, answer=rng.choice(data.LETTERS[:len(item.options)]))
-            words = data.completion(item).split()
-            if diluted and not outside and rng.random() > .6:
-                words.pop(0)                                                                  # no <think>
-            if outside:
-                words = [*f"{item.rationale} . ".split() * 4, *words]
-            ids = policy.tokenizer(" ".join(words)).input_ids + [policy.end_id]
-            rollouts.append(Rollout(item, len(rollouts), prompts[item.id], ids, [], True))
-        batch = collate(rollouts, policy.device)
-        (-policy.score(batch).logps.sum() / batch.mask.sum()).backward()
-        torch.nn.utils.clip_grad_norm_(list(policy.trainable().values()), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    yield "diluted"
-
-
-# ------------------------------------------------------------------------------------- the run folder, resume
-def tensors_of(policy: Policy, optimizer) -> tuple[dict, dict]:
-    """Trained weights by name, and AdamW's state by "name|key"."""
-    moments = {f"{name}|{key}": value.detach().cpu().contiguous() for name, p in policy.trainable().items() for key, value in optimizer.state[p].items()}
-    return {name: p.detach().cpu().contiguous() for name, p in policy.trainable().items()}, moments
-
-
-def save_checkpoint(run: Path, policy: Policy, optimizer, step: int, keep: int) -> None:
-    """run/checkpoints/000020: policy.safetensors, optimizer.safetensors, state.json with their checksums. Written beside, flushed, then renamed."""
-    final = run / "checkpoints" / f"{step:06d}"
-    temporary = final.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights, moments = tensors_of(policy, optimizer)
-    save_file(weights, temporary / "policy.safetensors")
-    save_file(moments, temporary / "optimizer.safetensors")
-    sums = {path.name: policies.checksum(path) for path in sorted(temporary.iterdir())}
-    (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": sums}), encoding="utf-8")
-    for path in temporary.iterdir():
-        with path.open("rb+") as f:
-            os.fsync(f.fileno())
-    shutil.rmtree(final, ignore_errors=True)                                                  # left by a resumed run from before
-    temporary.rename(final)
-    for old in sorted((run / "checkpoints").glob("[0-9]*[0-9]"))[:-keep]:
-        shutil.rmtree(old)
-
-
-def restore(run: Path, policy: Policy, optimizer) -> int:
-    """Load the newest whole checkpoint into policy and optimiser; returns its step, 0 where there is none. Seeds are functions of the step: nothing else is needed."""
-    checkpoint = policies.newest_checkpoint(run)
-    if checkpoint is None:
-        return 0
-    policy.load_trainable(load_file(checkpoint / "policy.safetensors"))
-    moments = load_file(checkpoint / "optimizer.safetensors")
-    state: dict[int, dict] = {}
-    for i, name in enumerate([*policy.trainable("policy"), *policy.trainable("critic")]):      # the order of the optimiser's groups
-        state[i] = {key.rsplit("|", 1)[1]: value for key, value in moments.items() if key.rsplit("|", 1)[0] == name}
-    optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": optimizer.state_dict()["param_groups"]})
-    step = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
-    for later in (run / "checkpoints").glob("[0-9]*[0-9]"):                                   # damaged ones: they must not count among those to keep
-        if int(later.name) > step:
-            shutil.rmtree(later)
-    return step
-
-
-class Log:
-    """metrics.jsonl and rollouts.jsonl, functions of the run alone, and timing.jsonl, which is not. After a resume no step stands twice."""
-
-    def __init__(self, run: Path, step: int):
-        self.files = {}
-        for name in ("metrics", "rollouts", "timing"):
-            path = run / f"{name}.jsonl"
-            lines = path.open(encoding="utf-8").readlines() if path.exists() else []          # not splitlines: a text may hold U+2028
-            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            beside = path.with_suffix(".tmp")
-            beside.write_text("".join(whole), encoding="utf-8")
-            beside.replace(path)
-            self.files[name] = path.open("a", encoding="utf-8")
-
-    def write(self, metrics: dict, rollouts: list[Rollout], timing: dict) -> None:
-        step = metrics["step"]
-        samples = [{"step": step, "group": r.group, "id": r.item.id, "question": r.item.question, "options": r.item.options, "gold": r.item.answer, "text": r.text,
-                    "reward": r.reward, "parts": r.parts, "advantage": r.advantage, "correct": r.correct, "finished": r.finished,
-                    "tokens": len(r.completion_ids)} for r in rollouts]
-        for name, rows in (("rollouts", samples), ("timing", [{"step": step} | timing]), ("metrics", [metrics])):
-            self.files[name].write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            self.files[name].flush()
-
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
-
-
 # --------------------------------------------------------------------------------------------- setting up
 def load_splits(config: Config) -> dict[str, list]:
     """train, dev and test, no item in two of them; what was dropped is said."""
-    splits = {name: data.load(config.dataset, name, config.data_dir or None) for name in data.SPLITS}
+    splits = {name: data.load(config.dataset, name, config.data_dir or None, task=config.task, target=config.target) for name in data.SPLITS}
     for name, held_out in (("dev", splits["test"]), ("train", splits["dev"] + splits["test"])):
         kept = data.without(splits[name], held_out)
         if len(kept) < len(splits[name]):
@@ -517,35 +422,31 @@ def load_splits(config: Config) -> dict[str, list]:
         if not kept:
             raise UsageError(f"{config.dataset}: no item of {name} is left that is not held out")
         splits[name] = kept
+    if config.shots:
+        splits["train"] = data.few_shot(splits["train"], config.shots, config.seed)
     splits = {name: items[:(config.limit if name == "train" else config.eval_limit) or None] for name, items in splits.items()}
+    splits = {name: data.with_knowledge(items, config.dataset, config.knowledge, config.knowledge_file) for name, items in splits.items()}
+    if config.balanced:
+        splits["train"] = data.balanced(splits["train"], config.seed)
     if config.shuffle_options:
         splits = {name: [data.shuffle_options(item, config.seed) for item in items] for name, items in splits.items()}
     return splits
 
 
 def first_policy(config: Config, run: Path, splits: dict, results: dict) -> None:
-    """The demo's model: random, taught and spoilt (see `warm_start`), then saved as a model folder in the run."""
-    policy = policies.demo_policy(fold(config.seed, "model"))
-    for name in warm_start(policy, splits["train"], config):
+    """The demo's model: random, taught and spoilt (see `demo.warm_start`), then saved as a model folder in the run."""
+    seed = fold(config.seed, "model")
+    if splits["train"][0].image is not None or config.model == "tiny-vl":
+        texts = [part for item in splits["train"][:200] for part in (data.messages(item)[1]["content"], data.completion(item))]
+        policy = demo.tiny_vl_policy(seed, texts, train_vision=True)
+    else:
+        policy = demo.demo_policy(seed)
+    if config.model == "tiny-vl":
+        return policy.save_folder(run / "model")
+    for name in demo.warm_start(policy, splits["train"], config):
         if name == "clean":
             results["clean"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, label="clean warm start ")
-    policy.model.save_pretrained(run / "model")
-    policy.tokenizer.save_pretrained(run / "model")
-
-
-def initial_weights(config: Config, run: Path) -> dict[str, Tensor] | None:
-    """The trained weights of the run that --init names; refused where that run began from another model. A copy in our own folder serves when we resume."""
-    if not config.init:
-        return None
-    if (run / "init.safetensors").exists():
-        return load_file(run / "init.safetensors")
-    saved, checkpoint = policies.read_run(config.init), policies.newest_checkpoint(Path(config.init))
-    if not saved or checkpoint is None:
-        raise UsageError(f"--init {config.init}: no run with a finished checkpoint is there")
-    for name in ("model", "full", "lora", "lora_alpha", "lora_targets"):
-        if saved[name] != getattr(config, name) and not (name.startswith("lora") and config.full):
-            raise UsageError(f"--init {config.init}: that run has --{name.replace('_', '-')} {saved[name]!r}, this one {getattr(config, name)!r}")
-    return load_file(checkpoint / "policy.safetensors")
+    policy.save_folder(run / "model")
 
 
 def check_hub(config: Config) -> None:
@@ -612,7 +513,7 @@ def validate(config: Config) -> None:
         if condition:
             raise UsageError(message)
     refuse(config.samples < 2 and config.advantage == "group" and config.algo != "sft", f"--samples {config.samples}: {config.algo} compares the samples of a group, and a group of 1 has nothing to compare; use at least 2")
-    refuse(not config.model and config.dataset != "demo", f"--dataset {config.dataset} needs --model: a Hugging Face folder or hub name")
+    refuse(not config.model and not config.dataset.startswith("demo"), f"--dataset {config.dataset} needs --model: a Hugging Face folder or hub name")
     for least, names in ((1, ("prompts", "samples", "sample_rows", "max_new", "max_prompt", "steps", "updates", "minibatches", "keep")),
                          (0, ("micro_batch", "eval_samples", "eval_every", "save_every", "min_think", "refills", "limit", "eval_limit", "warmup", "critic_warmup", "kl_coef",
                               "w_leak", "w_before", "w_short", "w_overlong", "log_groups", "value_clip", "dual_clip"))):
@@ -630,6 +531,7 @@ def validate(config: Config) -> None:
     refuse(config.critic == "lora" and config.advantage == "gae" and config.full, "--critic lora needs a frozen base: not with --full; use --critic head")
     refuse(config.lora < 1 and not config.full, "--lora 0 trains nothing: use --full to train all weights")
     refuse(not 0 <= config.w_format <= 1, "--w-format must be between 0 and 1: a format reward above the 1 of a right answer would be the goal")
+    refuse(bool(config.recite) and config.knowledge == "none", "--recite compares with the knowledge in the prompt: give --knowledge task or class")
     refuse(not 0 < config.overlong_share <= 1, "--overlong-share must be above 0 and at most 1")
     refuse(not 0 < config.lr < 1 or not 0 < config.value_lr < 1, "--lr and --value-lr must be above 0 and below 1")
     refuse(not 0 <= config.clip_low < 1 or config.clip_high < 0, "--clip-low must be in [0, 1) and --clip-high at least 0")
@@ -660,15 +562,15 @@ def make_config(given: dict) -> Config:
     recipe = RECIPES.get(given.pop("recipe", ""), {})
     named = recipe | given
     dataset, algo = named.get("dataset", Config.dataset), named.get("algo", Config.algo)
-    demo = DEMO_ALGOS.get(algo, {}) if dataset == "demo" else {}
-    defaults = {name: value for name, value in DEFAULTS.get(dataset, {}).items() if not (algo == "sft" and name == "samples")}
+    demo = DEMO_ALGOS.get(algo, {}) if dataset.startswith("demo") else {}
+    defaults = {name: value for name, value in DEFAULTS.get(dataset, DEFAULTS.get(dataset.partition("-")[0], {})).items() if not (algo == "sft" and name == "samples")}
     if named.get("hackable"):
         demo = demo | dict(max_new=40, steps=60)
     return Config(**(ALGOS[algo] | defaults | demo | recipe | given))
 
 
 def resumed_config(run: Path, given: dict) -> Config:
-    saved = policies.read_run(str(run))
+    saved = runs.read_run(str(run))
     if not saved:
         raise UsageError(f"--resume {run}: there is no run.json; a run folder is what --out named")
     if set(saved) != {f.name for f in fields(Config)}:
@@ -698,7 +600,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"--out {run} exists: go on with it by --resume {run}, or name another folder")
     config.out = str(run)
     policies.pick_device(config.device)                                                       # a GPU that is not there is said before anything is loaded
-    if config.model:
+    if config.model not in runs.MADE_HERE:
         check_hub(config)
     splits = load_splits(config)
     facts = {"config": asdict(config), "data": {name: data.set_fingerprint(items) for name, items in splits.items()},
@@ -708,41 +610,35 @@ def main(argv: list[str] | None = None) -> None:
         if saved["data"] != facts["data"]:
             raise UsageError(f"--resume {run}: the data set is not the one that this run began with")
     results = json.loads((run / "eval.json").read_text(encoding="utf-8")) if resume and (run / "eval.json").exists() else {}
-    init = initial_weights(config, run)
-    if not config.model and not (run / "model" / "config.json").exists():
+    init = runs.initial_weights(config, run)
+    if config.model in runs.MADE_HERE and not (run / "model" / "config.json").exists():
         run.mkdir(parents=True, exist_ok=True)
-        write_json(run / "run.json", facts)                                                   # so that a kill from here on leaves a run to resume
+        runs.write_json(run / "run.json", facts)                                                   # so that a kill from here on leaves a run to resume
         if config.init:
             shutil.copytree(Path(config.init) / "model", run / "model")
         else:
             first_policy(config, run, splits, results)
-            write_json(run / "eval.json", results)
-    policy = Policy.load(policies.base_model(run, asdict(config)), policies.pick_device(config.device), checkpointing=config.checkpointing,
+            runs.write_json(run / "eval.json", results)
+    policy = Policy.load(runs.base_model(run, asdict(config)), policies.pick_device(config.device), checkpointing=config.checkpointing,
                          keep_reference=config.kl_coef > 0 and config.algo != "sft", critic=config.critic if config.advantage == "gae" else "",
-                         init=init, **policies.policy_settings(asdict(config)))
+                         init=init, **runs.policy_settings(asdict(config)))
     splits = {name: evaluation.fitting(policy, items, config, f"{name}: ") for name, items in splits.items()}
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "run.json", facts)
+    runs.write_json(run / "run.json", facts)
     if init is not None:
         save_file(init, run / "init.safetensors")
     print(f"run folder {run}", file=sys.stderr)
     if "before" not in results:
         results["before"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, seed=config.seed, label="before ")
-        write_json(run / "eval.json", results)
+        runs.write_json(run / "eval.json", results)
         say(f"before: {evaluation.as_line(results['before'])}")
     train(config, run, policy, splits)
     results["after"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, seed=config.seed, label="after ")
-    write_json(run / "eval.json", results)
+    runs.write_json(run / "eval.json", results)
     say(f"after: {evaluation.as_line(results['after'])}")
     before, after = results["before"], results["after"]
     shown = lambda r: f"{r['accuracy']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}]" + (f" (sampled {r['sampled_accuracy']:.3f})" if "sampled_accuracy" in r else "")
     print(f"{run}: accuracy {shown(before)} -> {shown(after)}, n {after['n']}, {time.perf_counter() - began:.0f} s")
-
-
-def write_json(path: Path, content: dict) -> None:
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 if __name__ == "__main__":

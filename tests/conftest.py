@@ -7,7 +7,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-import policy as policies
+import demo as demos
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
@@ -20,7 +20,7 @@ def two_threads():
 @pytest.fixture
 def demo():
     """A random policy on the demo's words. Its logits are widened: at initialisation every token would be about equally likely."""
-    policy = policies.demo_policy(0)
+    policy = demos.demo_policy(0)
     with torch.no_grad():
         policy.model.lm_head.weight.mul_(3)
     return policy

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import data
+import demo as demos
 from data import Item, UsageError, batch_for_step
 
 ROW = {"question": "Q?", "options": {"A": "one", "B": "two", "C": "three"}, "answer": "two", "answer_idx": "B"}
@@ -83,7 +84,7 @@ def test_own_file_is_split_by_content(tmp_path):
     assert {name: {i.id for i in data.load(str(path), name)} for name in data.SPLITS} == parts
 
 
-@pytest.mark.parametrize("call, words", [(("nothing", "train"), "demo, medqa"), (("demo", "valid"), "train, dev, test"), (("medqa", "test", "/nowhere"), "data_clean")])
+@pytest.mark.parametrize("call, words", [(("nothing", "train"), "demo, demo-images, medqa"), (("demo", "valid"), "train, dev, test"), (("medqa", "test", "/nowhere"), "data_clean")])
 def test_names_that_do_not_exist(call, words):
     with pytest.raises(UsageError, match=words):
         data.load(*call)
@@ -107,7 +108,7 @@ def test_demo_splits_share_nothing_and_fit_the_tokenizer():
     findings = lambda item: frozenset(item.question.split(" has ")[1].split(" . ")[0].split(" and "))
     trained = {findings(i) for i in splits["train"]}
     assert not trained & {findings(i) for i in splits["test"] + splits["dev"]}
-    words = set(data.demo_words())
+    words = set(demos.demo_words())
     for item in splits["test"]:
         assert set((data.messages(item)[1]["content"] + " " + data.completion(item)).split()) <= words
     assert all(i.options["ABCDE".index(i.answer)] == i.rationale.split()[-1] for items in splits.values() for i in items)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import data
+import demo as demos
 import eval as evaluation
 import policy as policies
+import runs
 import train
 from data import UsageError
 from policy import Rollout
@@ -82,9 +84,9 @@ def test_comparison_pairs_by_item():
 def folders(tmp_path_factory):
     path = tmp_path_factory.mktemp("models")
     for seed in (0, 1):
-        policy = policies.demo_policy(seed)
+        policy = demos.demo_policy(seed)
         if seed:
-            for _ in train.warm_start(policy, data.load("demo", "train")[:300], replace(train.Config(), **train.DEFAULTS["demo"]), clean_steps=60, diluted_steps=0):
+            for _ in demos.warm_start(policy, data.load("demo", "train")[:300], replace(train.Config(), **train.DEFAULTS["demo"]), clean_steps=60, diluted_steps=0):
                 pass
         policy.model.save_pretrained(path / f"m{seed}")
         policy.tokenizer.save_pretrained(path / f"m{seed}")
@@ -108,11 +110,12 @@ def test_likelihood_is_the_replicated_forward(folders):
     for item in items:
         totals = []
         for letter in "ABCDE":
-            prompt, ids = policy.prompt(item, "direct"), policy.tokenizer(f"<answer> {letter}").input_ids
+            prompt, ids = policy.prompt(item, "direct"), policy.tokenizer(f"<answer> {letter} </answer>").input_ids
             logps = policy.model(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
             totals.append(sum(float(logps.detach()[len(prompt) - 1 + t, token]) for t, token in enumerate(ids)))
         expected.append("ABCDE"[int(np.argmax(totals))] == item.answer)
-    assert evaluation.option_likelihood(policy, items) == expected
+        assert evaluation.likelihoods(policy, item) == pytest.approx(totals, abs=1e-4)
+    assert evaluation.by_likelihood(policy, items)["likelihood_accuracy"] == sum(expected) / len(expected)
 
 
 def test_rotation_moves_the_gold_along():
@@ -151,7 +154,7 @@ def test_contamination_is_counted(folders, tmp_path):
     rows = [json.dumps({"question": i.question, "options": list(i.options), "answer": i.answer}) for i in items]
     for name, part in (("train", rows[:20]), ("dev", rows[20:25]), ("test", rows[25:] + rows[:3])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(part) + "\n")
-    run = {"dataset": str(tmp_path), "data_dir": "", "limit": 0}
+    run = {"dataset": str(tmp_path), "data_dir": "", "limit": 0, "task": "", "target": ""}
     assert evaluation.seen_in_training(items, run) == 17                      # training leaves out the three that stand in its own test set
     assert evaluation.seen_in_training(items, run | {"dataset": "gone"}) is None
 
@@ -161,8 +164,8 @@ def test_ask_prints_one_answer(folders, capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags, words", [(["--dataset", "nothing"], "demo, medqa"), (["--json", "/nowhere/f.json"], "does not exist"), (["--max-new", "0"], "at least 1"), (["--limit", "0"], "at least 1")])
+@pytest.mark.parametrize("flags, words", [(["--dataset", "nothing"], "demo, demo-images, medqa"), (["--json", "/nowhere/f.json"], "does not exist"), (["--max-new", "0"], "at least 1"), (["--limit", "0"], "at least 1")])
 def test_mistakes_are_answered_before_the_model_is_loaded(flags, words, folders, monkeypatch):
-    monkeypatch.setattr(policies, "open_policy", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(runs, "open_policy", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match=words):
         evaluation.main([str(folders / "m0"), "--dataset", "demo", *flags])

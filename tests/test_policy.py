@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
+import demo as demos
 import policy as policies
 from data import UsageError
 from policy import Policy, Rollout, collate
@@ -55,7 +56,7 @@ def replicated(policy, rollouts, temperature=1.0) -> list[torch.Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_prompt_once_equals_replicated(name, lengths, checkpointing, items):
     kwargs = dict(lora=0, checkpointing=checkpointing)
-    policy = policies.demo_policy(0, checkpointing=checkpointing) if name == "qwen2" else family(name, **kwargs)
+    policy = demos.demo_policy(0, checkpointing=checkpointing) if name == "qwen2" else family(name, **kwargs)
     rollouts = made_up(policy, items[:len(lengths)], lengths)
     batch = collate(rollouts)
     scores = policy.score(batch, temperature=.7)

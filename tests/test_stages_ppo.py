@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+import demo as demos
 import policy as policies
 import rewards
 import train
@@ -123,7 +124,7 @@ def test_value_head_reads_the_policy_and_never_moves_it(items):
 def start(tmp_path_factory):
     """A random model folder and a supervised run from it."""
     path = tmp_path_factory.mktemp("start")
-    policy = policies.demo_policy(0)
+    policy = demos.demo_policy(0)
     policy.model.save_pretrained(path / "model")
     policy.tokenizer.save_pretrained(path / "model")
     train.main(["--model", str(path / "model"), "--algo", "sft", "--full", "--steps", "60", "--lr", "3e-3", "--out", str(path / "sft"), *QUICK])
@@ -155,7 +156,7 @@ def test_init_starts_at_the_other_runs_policy_and_keeps_it_as_reference(start, t
     first = json.loads((tmp_path / "rl" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["kl"]) < 1e-6                                            # the reference is where it starts, not the base
     other = tmp_path / "other"
-    policies.demo_policy(1).model.save_pretrained(other)
+    demos.demo_policy(1).model.save_pretrained(other)
     with pytest.raises(UsageError) as error:
         train.main(["--model", str(other), *flags[2:], "--out", str(tmp_path / "no")])
     assert str(other) in str(error.value) and str(start / "model") in str(error.value)

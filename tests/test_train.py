@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import data
+import demo as demos
 import eval as evaluation
 import policy as policies
+import runs
 import train
 from data import UsageError
 
@@ -22,9 +24,9 @@ ROOT = Path(train.__file__).parent
 def model_dir(tmp_path_factory):
     """A model folder: a demo policy that has been taught a little, so that its rewards differ."""
     path = tmp_path_factory.mktemp("model")
-    policy = policies.demo_policy(0)
+    policy = demos.demo_policy(0)
     config = replace(train.Config(), **train.DEFAULTS["demo"])
-    for _ in train.warm_start(policy, data.load("demo", "train")[:200], config, clean_steps=40, diluted_steps=2):
+    for _ in demos.warm_start(policy, data.load("demo", "train")[:200], config, clean_steps=40, diluted_steps=2):
         pass
     policy.model.save_pretrained(path)
     policy.tokenizer.save_pretrained(path)
@@ -40,7 +42,7 @@ def run(model_dir, out, *flags):
 
 
 def artefacts(out: Path) -> dict:
-    newest = policies.newest_checkpoint(out)
+    newest = runs.newest_checkpoint(out)
     return {"weights": (newest / "policy.safetensors").read_bytes(), "optimizer": (newest / "optimizer.safetensors").read_bytes(),
             **{name: (out / name).read_text() for name in ("metrics.jsonl", "rollouts.jsonl", "eval.json")}}
 

@@ -1,0 +1,214 @@
+"""The demo: vignettes made in code, models small enough for a CPU, and the warm start that stands in for pre-training.
+
+A file of its own because none of it belongs to the papers: data.py, policy.py and train.py read better without it. Nothing here is downloaded.
+Reinforcement learning at this size brings out a skill, it does not create one; so the demo first teaches a random model the task and then spoils it.
+What comes of that is in the README's first table.
+"""
+import math
+import random
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+import data
+from data import LETTERS, Item, fingerprint
+from policy import ImageProcessor, Policy, collate
+
+
+# ------------------------------------------------------------------------------------------------ vignettes
+# Twenty conditions, each with four findings that a textbook would name first; one word each, since the demo's tokenizer knows words.
+CONDITIONS = {
+    "pneumonia": "productive-cough pleuritic-pain crackles rusty-sputum",
+    "asthma": "wheeze night-cough pollen-trigger variable-peak-flow",
+    "appendicitis": "right-iliac-pain rebound-tenderness anorexia migrating-pain",
+    "migraine": "throbbing-headache photophobia visual-aura phonophobia",
+    "gout": "big-toe-pain tophi high-urate negatively-birefringent-crystals",
+    "hypothyroidism": "cold-intolerance weight-gain slow-reflexes dry-skin",
+    "hyperthyroidism": "heat-intolerance tremor lid-lag weight-loss",
+    "cystitis": "dysuria urinary-frequency suprapubic-pain cloudy-urine",
+    "meningitis": "neck-stiffness petechial-rash kernig-sign bulging-fontanelle",
+    "angina": "exertional-chest-pain relief-by-nitrate jaw-radiation st-depression",
+    "pancreatitis": "epigastric-pain-to-back high-lipase grey-turner-sign alcohol-excess",
+    "psoriasis": "silvery-plaques nail-pitting auspitz-sign extensor-rash",
+    "cholera": "rice-water-stool severe-dehydration sunken-eyes contaminated-water",
+    "measles": "koplik-spots coryza conjunctivitis maculopapular-rash",
+    "parkinsonism": "rest-tremor bradykinesia shuffling-gait cogwheel-rigidity",
+    "glaucoma": "halos-around-lights raised-eye-pressure cupped-disc tunnel-vision",
+    "pulmonary-embolism": "sudden-dyspnoea haemoptysis leg-swelling recent-flight",
+    "iron-deficiency": "pallor spoon-nails low-ferritin pica",
+    "diabetes-insipidus": "polyuria dilute-urine hypernatraemia constant-thirst",
+    "scabies": "burrows night-itch itchy-web-spaces affected-household",
+}
+SIZES = {"train": 3000, "dev": 200, "test": 300}
+AGES = tuple(f"{age}-year-old" for age in range(20, 80, 5))
+
+
+def demo_items(split: str) -> list[Item]:
+    """Vignettes of two or three findings with five options, made in code; the same on every machine.
+
+    One three-finding combination of each condition never occurs in train; dev and test are different vignettes of just those. So the
+    test asks for a combination that was never seen. Shared findings or more held-out combinations would need a larger model.
+    """
+    names, rng, seen = list(CONDITIONS), random.Random("demo"), set()
+    items: dict[str, list[Item]] = {"train": [], "dev": [], "test": []}
+    held_out = {name: rng.sample(CONDITIONS[name].split(), 3) for name in names}                  # lists: the order of a set of words differs between processes
+    for part, size in SIZES.items():
+        while len(items[part]) < size:
+            name = names[len(items[part]) % len(names)]
+            pool = [c for k in (2, 3) for c in combinations(CONDITIONS[name].split(), k) if set(c) != set(held_out[name])]
+            findings = rng.choice(pool) if part == "train" else held_out[name]
+            findings = rng.sample(findings, len(findings))
+            options = rng.sample([n for n in names if n != name], 4) + [name]
+            rng.shuffle(options)
+            question = (f"a {rng.choice(AGES)} {rng.choice(('man', 'woman'))} has {' and '.join(findings)} . "
+                        "which diagnosis ?")
+            item = Item(f"demo-{part}-{len(items[part])}", "choice", question, tuple(options), LETTERS[options.index(name)],
+                        rationale=f"findings suggest {name}")
+            if fingerprint(item) not in seen:
+                seen.add(fingerprint(item))
+                items[part].append(item)
+    return items[split]
+
+
+def demo_words() -> list[str]:
+    """Every word that a demo prompt or completion can hold, in a fixed order: the vocabulary of the demo's tokenizer."""
+    texts = ["a man woman has and . which diagnosis ? findings suggest <think> </think> <answer> </answer>", " ".join(AGES),
+             " ".join(CONDITIONS), " ".join(CONDITIONS.values()), " ".join(f"{letter} {letter}." for letter in LETTERS[:5])]
+    return list(dict.fromkeys(" ".join(texts).split()))
+
+
+# --------------------------------------------------------------------------------------------------- lesions
+CELL = 7                                # pixels: lesions fill whole cells of a picture of 8 x 8, so that boxes need only nine numbers
+SIDE = 8 * CELL
+SHAPES = ("round", "irregular")
+GRADES = ("0", "1", "2", "3", "4")      # 1 to 5 cells wide
+QUESTIONS = {"classify": "Which outline does the lesion have?", "grade": "How large is the lesion, from 0 (smallest) to 4 (largest)?",
+             "localize": "Where is the lesion?"}
+
+
+def lesion(seed: str) -> tuple[np.ndarray, str, str, tuple[int, int, int, int]]:
+    """A bright lesion on grey noise: picture [56, 56], shape, grade, box."""
+    rng = random.Random(seed)
+    shape, grade = rng.choice(SHAPES), rng.randrange(5)
+    width = CELL * (grade + 1)
+    x, y = (CELL * rng.randrange(8 - grade) for _ in "xy")
+    scale = 8                                                                 # drawn large and shrunk: a smooth edge
+    picture = Image.new("L", (width * scale, width * scale), 0)
+    r, points = width * scale / 2, []
+    for k in range(48):                                                       # round: a circle; irregular: every second of 24 points lies nearer to the middle
+        near = 1.0 if shape == "round" else (1.0, .45)[k // 2 % 2] if k % 12 else 1.0
+        points.append((r + near * r * math.cos(k * math.pi / 24), r + near * r * math.sin(k * math.pi / 24)))
+    ImageDraw.Draw(picture).polygon(points, fill=255)
+    mask = np.asarray(picture.resize((width, width), Image.Resampling.BOX), dtype=float) / 255
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(90, 12, (SIDE, SIDE))
+    noise[y:y + width, x:x + width] += mask * 120
+    return noise.clip(0, 255).astype(np.uint8), shape, GRADES[grade], (x, y, x + width, y + width)
+
+
+def lesion_items(split: str, task: str) -> list[Item]:
+    """Lesions drawn in code, a task each: the outline, the size, the place. The same on every machine."""
+    items = []
+    for i in range(SIZES[split]):
+        picture, shape, grade, box = lesion(f"lesion {split} {i}")
+        answer, options, rationale = {"classify": (shape, SHAPES, f"the outline is {'smooth' if shape == 'round' else 'jagged'}"),
+                                      "grade": (grade, GRADES, f"it is {int(grade) + 1} cells wide"), "localize": ((box,), (), "it is brighter than the rest")}[task]
+        items.append(Item(f"demo-images-{split}-{i}", task, QUESTIONS[task], options, answer, image=picture, rationale=rationale))
+    return items
+
+
+# -------------------------------------------------------------------------------------------------- models
+# Only the user's turn is shown: models this small learn the form from their warm start, not from an instruction.
+TEMPLATE = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% elif m.role == 'assistant' %}{{ m.content }} <eos>{% endif %}{% endfor %}"
+
+
+def demo_policy(seed: int, **kwargs) -> Policy:
+    """A random Qwen2 of 0.2 million weights and a tokenizer of the demo's words, all trained. No download."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    words = ["<pad>", "<eos>", "<unk>", *demo_words()]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
+                                        clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = TEMPLATE
+    config = Qwen2Config(vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, initializer_range=.15, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+                         tie_word_embeddings=False, bos_token_id=None, eos_token_id=1, pad_token_id=0, attn_implementation="prompt_once")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    return Policy(model, tokenizer, lora=0, **kwargs)
+
+
+def tiny_vl_policy(seed: int, texts: list[str], **kwargs) -> Policy:
+    """A random Qwen2.5-VL of 0.3 million weights that looks at images in patches of 7 pixels, with a tokenizer made from `texts`. No download."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    special = ["<pad>", "<eos>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<think>", "</think>", "<answer>", "</answer>"]
+    core = Tokenizer(models.BPE())                                            # bytes: any text can be written, and comes back as it was
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    numbers = "".join(f"[[{i}, {i}, {i}, {i}]] " for i in range(100)) * 9     # often, so that each becomes one token
+    core.train_from_iterator([*texts, numbers], trainers.BpeTrainer(vocab_size=1000, special_tokens=special[:5], show_progress=False,
+                                                                    initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    core.add_tokens(special[5:])                                              # one token each, but part of the text
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False,
+                                        additional_special_tokens=special[2:5])
+    tokenizer.chat_template = TEMPLATE
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         initializer_range=.15, rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]},
+                         bos_token_id=None, eos_token_id=1, pad_token_id=0, max_position_embeddings=4096),
+        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=7, spatial_merge_size=2, temporal_patch_size=2,
+                           window_size=56, fullatt_block_indexes=[1], out_hidden_size=64, initializer_range=.15),
+        vision_start_token_id=2, image_token_id=3, vision_end_token_id=4, tie_word_embeddings=False,
+        attn_implementation={"text_config": "prompt_once"})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = 1
+    processor = ImageProcessor(patch_size=7, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
+    return Policy(model, tokenizer, lora=0, image_processor=processor, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------- warm start
+CLEAN_STEPS = {"choice": 1500, "classify": 250, "grade": 300, "localize": 400}
+
+
+def warm_start(policy: Policy, items: list, config, clean_steps: int = 0, diluted_steps: int = 60):
+    """Make the demo's stand-in for a base model; returns after the clean part once (for its evaluation), then at the end.
+
+    Reinforcement learning brings out what a model can do now and then. So the random model is first taught the task, cleanly, and then spoilt
+    (mostly random letters, broken form) until it samples badly: a skill is there, but not reliable. Tried on: settings in the README.
+    """
+    clean_steps = clean_steps or CLEAN_STEPS[items[0].task]
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=2.5e-3)
+    rng = random.Random(f"warm {config.seed}")
+    starts = {item.id: policy.start(item, 0, "think") for item in items}
+    for step in tqdm(range(clean_steps + diluted_steps), desc="warm start", unit="step", leave=False, disable=None):
+        if step == clean_steps:
+            yield "clean"
+        diluted = step >= clean_steps
+        schedule = min((step + 1) / 20, 1.0, 2 * (1 - step / clean_steps))                    # warm-up, constant, linear to 0 in the second half
+        optimizer.param_groups[0]["lr"] = 1e-3 if diluted else 2.5e-3 * schedule
+        rollouts = []
+        for item in data.batch_for_step(items, step, 32, f"warm {config.seed}"):
+            outside = config.hackable and rng.random() < .4                                   # this form stays whole: so it pays
+            if diluted and not outside and rng.random() > .25:
+                item = replace(item, answer=rng.choice(LETTERS[:len(item.options)]) if item.task == "choice" else rng.choice(items).answer)
+            words = data.completion(policy.framed(item)).split()
+            if diluted and not outside and rng.random() > .6:
+                words.pop(0)                                                                  # no <think>
+            if outside:
+                words = [*f"{item.rationale} . ".split() * 4, *words]
+            rollouts.append(policy.written(replace(starts[item.id], group=len(rollouts)), " ".join(words), end=True))
+        batch = collate(rollouts, policy.device)
+        (-policy.score(batch).logps.sum() / batch.mask.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(list(policy.trainable().values()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    yield "diluted"

@@ -1,0 +1,172 @@
+"""Run folders: what stands in them, written and read so that a kill at any moment loses nothing that was there before.
+
+A file of its own because training, evaluation and export all need it, and the loop in train.py reads better without it. A run folder holds
+run.json (config, data, versions), metrics.jsonl and rollouts.jsonl (functions of the run alone), timing.jsonl (seconds, memory), eval.json, and
+checkpoints/000020/ with safetensors, JSON and their checksums: no pickle. What a resumed run needs beyond that is a function of (seed, step).
+"""
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data import UsageError
+from policy import Policy, Rollout
+
+
+MADE_HERE = ("", "tiny-vl")             # values of --model for which the model is made in code, not loaded
+
+
+# ------------------------------------------------------------------------------------------------- reading
+def read_run(path: str) -> dict:
+    """The config of a run folder, {} where `path` is none (a model folder or a hub name)."""
+    file = Path(path) / "run.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["config"] if file.is_file() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is damaged ({type(error).__name__}: {error}): start a new run") from None
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint whose files match their checksums; a damaged one is named and passed over."""
+    for state in sorted((run / "checkpoints").glob("[0-9]*[0-9]/state.json"), reverse=True):
+        try:
+            sums = json.loads(state.read_text(encoding="utf-8"))["sha256"]
+            if all(checksum(state.parent / name) == expected for name, expected in sums.items()):
+                return state.parent
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        print(f"{state.parent} is damaged (its checksums do not match): the one before it is used", file=sys.stderr)
+    return None
+
+
+def checksum(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(2**22):
+            total.update(block)
+    return total.hexdigest()
+
+
+def base_model(run: str | Path, config: dict) -> str:
+    """The model a run started from: one made in code lies in the run folder itself."""
+    return str(Path(run) / "model") if config["model"] in MADE_HERE else config["model"]
+
+
+def policy_settings(config: dict) -> dict:
+    """The arguments of Policy that a run's config fixes."""
+    return {"lora": 0 if config["full"] else config["lora"], **{name: config[name] for name in ("lora_alpha", "lora_targets", "template", "stop_answer", "seed", "train_vision", "max_pixels")}}
+
+
+def open_policy(path: str, device: str, **kwargs) -> tuple[Policy, dict]:
+    """A run folder's newest checkpoint, a model folder or a hub name -> the policy, and the run's config ({} for a model)."""
+    config = read_run(path)
+    if not config:
+        return Policy.load(path, device, torch.bfloat16 if device.startswith("cuda") else torch.float32, lora=0, **kwargs), {}
+    checkpoint = newest_checkpoint(Path(path))
+    if checkpoint is None:
+        raise UsageError(f"{path} is a run without a finished checkpoint: resume it with train.py --resume {path}")
+    policy = Policy.load(base_model(path, config), device, **(policy_settings(config) | kwargs))
+    tensors = load_file(checkpoint / "policy.safetensors")
+    policy.load_trainable({name: tensors[name] for name in policy.trainable() if name in tensors})            # without the critic
+    return policy, config
+
+
+def initial_weights(config, run: Path) -> dict[str, Tensor] | None:
+    """The trained weights of the run that --init names; refused where that run began from another model. A copy in our own folder serves when we resume."""
+    if not config.init:
+        return None
+    if (run / "init.safetensors").exists():
+        return load_file(run / "init.safetensors")
+    saved, checkpoint = read_run(config.init), newest_checkpoint(Path(config.init))
+    if not saved or checkpoint is None:
+        raise UsageError(f"--init {config.init}: no run with a finished checkpoint is there")
+    for name in ("model", "full", "lora", "lora_alpha", "lora_targets"):
+        if saved[name] != getattr(config, name) and not (name.startswith("lora") and config.full):
+            raise UsageError(f"--init {config.init}: that run has --{name.replace('_', '-')} {saved[name]!r}, this one {getattr(config, name)!r}")
+    return load_file(checkpoint / "policy.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+def tensors_of(policy: Policy, optimizer) -> tuple[dict, dict]:
+    """Trained weights by name, and AdamW's state by "name|key"."""
+    moments = {f"{name}|{key}": value.detach().cpu().contiguous() for name, p in policy.trainable().items() for key, value in optimizer.state[p].items()}
+    return {name: p.detach().cpu().contiguous() for name, p in policy.trainable().items()}, moments
+
+
+def save_checkpoint(run: Path, policy: Policy, optimizer, step: int, keep: int) -> None:
+    """run/checkpoints/000020: policy.safetensors, optimizer.safetensors, state.json with their checksums. Written beside, flushed, then renamed."""
+    final = run / "checkpoints" / f"{step:06d}"
+    temporary = final.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weights, moments = tensors_of(policy, optimizer)
+    save_file(weights, temporary / "policy.safetensors")
+    save_file(moments, temporary / "optimizer.safetensors")
+    sums = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
+    (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": sums}), encoding="utf-8")
+    for path in temporary.iterdir():
+        with path.open("rb+") as f:
+            os.fsync(f.fileno())
+    shutil.rmtree(final, ignore_errors=True)                                                  # left by a resumed run from before
+    temporary.rename(final)
+    for old in sorted((run / "checkpoints").glob("[0-9]*[0-9]"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def restore(run: Path, policy: Policy, optimizer) -> int:
+    """Load the newest whole checkpoint into policy and optimiser; returns its step, 0 where there is none. Seeds are functions of the step: nothing else is needed."""
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        return 0
+    policy.load_trainable(load_file(checkpoint / "policy.safetensors"))
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    state: dict[int, dict] = {}
+    for i, name in enumerate([*policy.trainable("policy"), *policy.trainable("critic")]):      # the order of the optimiser's groups
+        state[i] = {key.rsplit("|", 1)[1]: value for key, value in moments.items() if key.rsplit("|", 1)[0] == name}
+    optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": optimizer.state_dict()["param_groups"]})
+    step = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
+    for later in (run / "checkpoints").glob("[0-9]*[0-9]"):                                   # damaged ones: they must not count among those to keep
+        if int(later.name) > step:
+            shutil.rmtree(later)
+    return step
+
+
+# ------------------------------------------------------------------------------------------------- logs
+class Log:
+    """metrics.jsonl and rollouts.jsonl, functions of the run alone, and timing.jsonl, which is not. After a resume no step stands twice."""
+
+    def __init__(self, run: Path, step: int):
+        self.files = {}
+        for name in ("metrics", "rollouts", "timing"):
+            path = run / f"{name}.jsonl"
+            lines = path.open(encoding="utf-8").readlines() if path.exists() else []          # not splitlines: a text may hold U+2028
+            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            beside = path.with_suffix(".tmp")
+            beside.write_text("".join(whole), encoding="utf-8")
+            beside.replace(path)
+            self.files[name] = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: dict, rollouts: list[Rollout], timing: dict) -> None:
+        step = metrics["step"]
+        samples = [{"step": step, "group": r.group, "id": r.item.id, "question": r.item.question, "options": r.item.options, "gold": r.item.answer, "text": r.text,
+                    "reward": r.reward, "parts": r.parts, "advantage": r.advantage, "correct": r.correct, "finished": r.finished,
+                    "tokens": len(r.completion_ids)} for r in rollouts]
+        for name, rows in (("rollouts", samples), ("timing", [{"step": step} | timing]), ("metrics", [metrics])):
+            self.files[name].write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self.files[name].flush()
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+def write_json(path: Path, content: dict) -> None:
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
