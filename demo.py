@@ -177,15 +177,19 @@ def tiny_vl_policy(seed: int, texts: list[str], **kwargs) -> Policy:
 
 # ---------------------------------------------------------------------------------------------- warm start
 CLEAN_STEPS = {"choice": 1500, "classify": 250, "grade": 300, "localize": 400}
+DILUTED_STEPS = {"choice": 60, "classify": 60, "grade": 60, "localize": 30}
 
 
-def warm_start(policy: Policy, items: list, config, clean_steps: int = 0, diluted_steps: int = 60):
+def warm_start(policy: Policy, items: list, config, clean_steps: int = 0, diluted_steps: int = 0):
     """Make the demo's stand-in for a base model; returns after the clean part once (for its evaluation), then at the end.
 
     Reinforcement learning brings out what a model can do now and then. So the random model is first taught the task, cleanly, and then spoilt
     (mostly random letters, broken form) until it samples badly: a skill is there, but not reliable. Tried on: settings in the README.
     """
-    clean_steps = clean_steps or CLEAN_STEPS[items[0].task]
+    clean_steps, diluted_steps = clean_steps or CLEAN_STEPS[items[0].task], diluted_steps or DILUTED_STEPS[items[0].task]
+    of_task: dict[str, list] = {}
+    for item in items:
+        of_task.setdefault(item.task, []).append(item)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=2.5e-3)
     rng = random.Random(f"warm {config.seed}")
     starts = {item.id: policy.start(item, 0, "think") for item in items}
@@ -199,7 +203,7 @@ def warm_start(policy: Policy, items: list, config, clean_steps: int = 0, dilute
         for item in data.batch_for_step(items, step, 32, f"warm {config.seed}"):
             outside = config.hackable and rng.random() < .4                                   # this form stays whole: so it pays
             if diluted and not outside and rng.random() > .25:
-                item = replace(item, answer=rng.choice(LETTERS[:len(item.options)]) if item.task == "choice" else rng.choice(items).answer)
+                item = replace(item, answer=rng.choice(LETTERS[:len(item.options)]) if item.task == "choice" else rng.choice(of_task[item.task]).answer)
             words = data.completion(policy.framed(item)).split()
             if diluted and not outside and rng.random() > .6:
                 words.pop(0)                                                                  # no <think>

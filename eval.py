@@ -297,7 +297,7 @@ def settings(args, config: dict, dataset: str | None = None, style: str | None =
     defaults = {"dataset": "medqa", "data_dir": "", "style": "think", "max_new": 512, "max_prompt": 2048, "reward": "med-rlvr", "strict": False, "w_format": 1.0,
                 "w_leak": 0.0, "w_before": 0.0, "w_short": 0.0, "w_overlong": 0.0, "min_think": 30, "overlong_share": 0.2, "shuffle_options": False, "seed": 0, "task": "", "target": "",
                 "knowledge": "none", "knowledge_file": "",
-                "fuzzy": "", "box_reward": "iou", "tau": 0.5, "recite": 0.0}
+                "fuzzy": "tenth", "box_reward": "iou", "tau": 0.5, "recite": 0.0}
     flags = {name: value for name, value in vars(args).items() if value is not None and name not in ("dataset", "style")}
     chosen = {name: value for name, value in (("dataset", dataset), ("style", style)) if value}
     return SimpleNamespace(**(defaults | config | flags | chosen))

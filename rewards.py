@@ -160,13 +160,13 @@ FUZZY = {"tenth": "1,0.5,0.1",                      # two grades off: VRFT-Aug g
 
 
 def fuzzy_tables(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The credits by distance for a grade (below, above) the gold one. text: a name of FUZZY, "1,0.5,0.1", or "under/over"; "" pays the gold grade only.
+    """The credits by distance for a grade (below, above) the gold one. text: a name of FUZZY, "1,0.5,0.1", or "under/over"; "1" is the plain reward.
 
-    >>> fuzzy_tables(""), fuzzy_tables("1,0.25/1,0.5,0.1")
+    >>> fuzzy_tables("1"), fuzzy_tables("1,0.25/1,0.5,0.1")
     (((1.0,), (1.0,)), ((1.0, 0.25), (1.0, 0.5, 0.1)))
     """
     try:
-        tables = [tuple(float(value) for value in side.split(",")) for side in FUZZY.get(text, text or "1").split("/")]
+        tables = [tuple(float(value) for value in side.split(",")) for side in FUZZY.get(text, text).split("/")]
     except ValueError:
         tables = []
     sound = all(table[0] == 1 and all(0 <= farther <= nearer for nearer, farther in zip(table, table[1:])) for table in tables)
@@ -282,14 +282,15 @@ def box_score(predicted, gold, similarity=iou) -> float:
 def box_credit(predicted, gold, config) -> float:
     """What boxes earn: "iou", the mean IoU; "threshold", 1 if it reaches tau (MedLoc-R1, arXiv 2603.28120); "giou", the mean of (1 + GIoU) / 2.
 
-    GIoU tells near from far where IoU is 0. But any box earns something then, the whole image more than 1/2: so it is not the default.
+    "tighten" is a threshold that train.py raises as the policy improves. GIoU tells near from far where IoU is 0. But any box earns something then,
+    the whole image more than 1/2: so it is not the default.
     """
     if config.box_reward == "giou":
         return box_score(predicted, gold, lambda a, b: (1 + giou(a, b)) / 2)
-    if config.box_reward not in ("iou", "threshold"):
-        raise ValueError(f"no box reward named {config.box_reward!r}: iou, giou, threshold")
+    if config.box_reward not in ("iou", "threshold", "tighten"):
+        raise ValueError(f"no box reward named {config.box_reward!r}: iou, giou, threshold, tighten")
     score = box_score(predicted, gold)
-    return float(0 < score >= config.tau) if config.box_reward == "threshold" else score
+    return score if config.box_reward == "iou" else float(0 < score >= config.tau)
 
 
 # --------------------------------------------------------------------------------------------------- recitation
@@ -381,13 +382,13 @@ class Grade:
 
 def weights(config, task: str = "choice") -> dict[str, float]:
     """Which parts the reward of a task is the weighted sum of. `config` is a train.Config."""
-    goal = "box" if task == "localize" else "fuzzy" if task == "grade" and config.fuzzy else "accuracy"
+    goal = "box" if task == "localize" else "fuzzy" if task == "grade" and config.reward == "fuzzy" else "accuracy"
     if config.reward == "med-rlvr":                             # Med-RLVR, section 3
         chosen = {goal: 1.0, "malformed": -1.0}
-    elif config.reward == "acc-format":                         # Visual-RFT and kin: accuracy + format
+    elif config.reward in ("acc-format", "fuzzy"):              # Visual-RFT and kin: accuracy + format; VRFT-Aug on grades: credit by distance + format
         chosen = {goal: 1.0, "format": config.w_format}
     else:
-        raise ValueError(f"no reward named {config.reward!r}: med-rlvr, acc-format")
+        raise ValueError(f"no reward named {config.reward!r}: med-rlvr, acc-format, fuzzy")
     others = {"leak": -config.w_leak, "before": -config.w_before, "short": -config.w_short, "overlong": -config.w_overlong, "recite": config.recite}
     return chosen | {name: weight for name, weight in others.items() if weight}
 
@@ -411,7 +412,7 @@ def grade(item, text: str, config, finished: bool = True, n_tokens: int | None =
     """The reward of one completion of one item.
 
     parts, each in [0, 1]:  accuracy   the gold option, class or grade is named, or mean IoU >= 0.5
-                            fuzzy      "grade": credit by distance from the gold grade; it replaces accuracy in the reward where config.fuzzy is set
+                            fuzzy      "grade": credit by distance from the gold grade; it replaces accuracy in the reward "fuzzy"
                             box        "localize": what the boxes are paid; it replaces accuracy in the reward.  iou: their mean IoU, for the log
                             (accuracy, fuzzy, box and recite count under med-rlvr in a well-formed completion only)
                             recite     BLEU of the think block against the knowledge in the prompt; its weight may be negative (VRFT-Aug's delta)

@@ -2,7 +2,7 @@
 
     python benchmarks/vision_step.py --data-dir DIR [--json F]
 
-A random Qwen2.5-VL of 50 million weights on BCCD photographs, the same prompts, numbers of samples and forced tokens, one update without KL, all weights
+A random Qwen2.5-VL of 61 million weights on BCCD photographs, the same prompts, numbers of samples and forced tokens, one update without KL, all weights
 but the vision tower's trained with AdamW, gradient checkpointing, fp32. The other side is transformers' own: `generate`, then its forward pass on G copies.
 Each measurement is a process of its own (so that its peak memory is its own), the two sides alternate, and the second step of each is timed.
 """
@@ -32,7 +32,7 @@ def model_and_policy(items) -> Policy:
     """The tiny model's tokenizer and processor settings of the real family (patches of 14 pixels, merged by 2), and a wider model."""
     small = demo.tiny_vl_policy(0, [data.messages(item)[1]["content"] + data.completion(item) for item in items])
     config = small.model.config
-    for name, value in dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, vocab_size=20_000,
+    for name, value in dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, vocab_size=20_000, layer_types=["full_attention"] * 12,
                             initializer_range=.02).items():
         setattr(config.text_config, name, value)
     config.text_config.rope_parameters["mrope_section"] = [8, 12, 12]

@@ -62,19 +62,19 @@ def test_a_grade_is_named(answer, right):
 
 def test_fuzzy_by_hand():
     gold = GRADES.options.index("3")
-    for preset, credits in (("", (0, 0, 0, 1, 0)), ("tenth", (0, .1, .5, 1, .5)), ("sixteenth", (0, .0625, .25, 1, .25)), ("asymmetric", (0, 0, .25, 1, .5)), ("1,0.7,0.6,0.2", (.2, .6, .7, 1, .7))):
+    for preset, credits in (("1", (0, 0, 0, 1, 0)), ("tenth", (0, .1, .5, 1, .5)), ("sixteenth", (0, .0625, .25, 1, .25)), ("asymmetric", (0, 0, .25, 1, .5)), ("1,0.7,0.6,0.2", (.2, .6, .7, 1, .7))):
         for i, credit in enumerate(credits):
-            result = grade(GRADES, think(str(i)), replace(CONFIG, fuzzy=preset))
-            assert result.total == result.parts["fuzzy"] == credit and result.parts["accuracy"] == result.correct == (i == 3) and result.predicted == str(i)
-            assert total(WORDED, WORDED.options[i], fuzzy=preset) == credit
-        assert total(GRADES, "mild", fuzzy=preset) == 0 and grade(GRADES, "3", replace(CONFIG, fuzzy=preset)).total == -1
+            result = grade(GRADES, think(str(i)), replace(CONFIG, reward="fuzzy", fuzzy=preset))
+            assert result.total == 1 + credit and result.parts["fuzzy"] == credit and result.parts["accuracy"] == result.correct == (i == 3) and result.predicted == str(i)
+            assert total(WORDED, WORDED.options[i], reward="fuzzy", w_format=.5, fuzzy=preset) == .5 + credit
+        assert total(GRADES, "mild", reward="fuzzy", fuzzy=preset) == 1 and grade(GRADES, "3", replace(CONFIG, reward="fuzzy", fuzzy=preset)).total == 0
     assert [fuzzy(0, gold, (1, .5, .25, .1)), fuzzy(3, 0, [1, .5])] == [.1, 0]
     under, over = fuzzy_tables("asymmetric")
     assert all(low <= high for low, high in zip(under, over)) and under != over                   # a missed disease is never paid better than an overcall
     assert fuzzy_tables("tenth")[0][2] == .1 and fuzzy_tables("sixteenth")[0][2] == .0625         # the paper's two values
 
 
-@pytest.mark.parametrize("text", ["0.5,0.2", "1,0.5,0.6", "1,-0.1", "1,nan", "1,2", "nan", "1,,0", "tenths", "1/1/1", "1,0.5/0.9,0.1", "/", "1,0.5/", "inf", "1;0.5"])
+@pytest.mark.parametrize("text", ["0.5,0.2", "1,0.5,0.6", "1,-0.1", "1,nan", "1,2", "nan", "1,,0", "tenths", "1/1/1", "1,0.5/0.9,0.1", "/", "1,0.5/", "", "inf", "1;0.5"])
 def test_a_table_that_makes_no_sense_is_refused(text):
     with pytest.raises(ValueError, match="fuzzy .*tenth") as error:
         fuzzy_tables(text)
@@ -85,7 +85,8 @@ def test_a_table_that_makes_no_sense_is_refused(text):
 @given(st.integers(0, 4), st.integers(0, 4))
 def test_with_the_plain_table_fuzzy_is_the_plain_reward(i, j):
     item, text = replace(GRADES, answer=str(j)), think(str(i))
-    assert grade(item, text, replace(CONFIG, fuzzy="1,0,0")).total == grade(item, text, CONFIG).total == grade(replace(item, task="classify"), text, CONFIG).total
+    plain = replace(CONFIG, reward="acc-format")
+    assert grade(item, text, replace(CONFIG, reward="fuzzy", fuzzy="1,0,0")).total == grade(item, text, plain).total == grade(replace(item, task="classify"), text, plain).total
 
 
 def test_giving_away_and_stages_for_every_task():
@@ -257,7 +258,7 @@ def test_recitation_in_the_reward():
 
 
 def test_weights_of_every_task():
-    plain, on = CONFIG, replace(CONFIG, fuzzy="tenth", reward="acc-format", w_format=.5)
+    plain, on = CONFIG, replace(CONFIG, reward="fuzzy", w_format=.5)
     assert rewards.weights(plain) == rewards.weights(plain, "classify") == rewards.weights(plain, "grade") == {"accuracy": 1, "malformed": -1}
     assert rewards.weights(plain, "localize") == {"box": 1, "malformed": -1} and rewards.weights(on, "grade") == {"fuzzy": 1, "format": .5}
     assert rewards.weights(on) == rewards.weights(on, "classify") == {"accuracy": 1, "format": .5}
@@ -272,12 +273,12 @@ HOSTILE = st.lists(PIECES | st.text(max_size=4), max_size=25).map("".join)
 
 
 @settings(max_examples=1500, deadline=None)
-@given(HOSTILE | HOSTILE.map(think), st.sampled_from([CLASSES, GRADES, WORDED, BOXES]), st.sampled_from(["iou", "threshold"]), st.sampled_from(["med-rlvr", "acc-format"]))
+@given(HOSTILE | HOSTILE.map(think), st.sampled_from([CLASSES, GRADES, WORDED, BOXES]), st.sampled_from(["iou", "threshold"]), st.sampled_from(["med-rlvr", "acc-format", "fuzzy"]))
 @example(think("[" * 50 + "10, 10, 30, 20" + "]" * 50), BOXES, "iou", "med-rlvr")
 @example("<think>[10, 10, 30, 20] severe 3</think><answer>x</answer>", BOXES, "iou", "acc-format")
 def test_generated_hacks_earn_no_more_than_form(text, item, box_reward, reward):
     config = replace(CONFIG, box_reward=box_reward, reward=reward, fuzzy="tenth")
-    result, form = grade(item, text, config), {"med-rlvr": 0, "acc-format": 1}[reward]
+    result, form = grade(item, text, config), {"med-rlvr": 0, "acc-format": 1, "fuzzy": 1}[reward]
     assert math.isfinite(result.total) and -1 <= result.total <= form + 1 and all(0 <= part <= 1 for part in result.parts.values())
     if result.total > form:                                                                        # more than form alone earns: then it is there to see
         answer = text[text.rfind("<answer>", 0, text.rfind("</answer>")) + 8:].split("</answer>")[0]
