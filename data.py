@@ -52,9 +52,10 @@ def to_image(box, frame) -> tuple[float, ...]:
 
 
 def to_frame(box, frame) -> tuple[int, ...]:
-    """The inverse of `to_image`, rounded: how prompts and supervised answers write a box."""
+    """The inverse of `to_image`, rounded, at least one wide and high: how supervised answers write a box."""
     width, height, image_width, image_height = frame or (1, 1, 1, 1)
-    return tuple(round(value) for value in to_image(box, (image_width, image_height, width, height)))
+    x1, y1, x2, y2 = (round(value) for value in to_image(box, (image_width, image_height, width, height)))
+    return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
 
 
 # -------------------------------------------------------------------------------------------------- load
@@ -67,6 +68,7 @@ def load(dataset: str, split: str, data_dir: str | None = None, limit: int | Non
     Raises UsageError with the file, the line and the way on.
     """
     import images                                                             # here, since it builds on this file
+    images.check(dataset, data_dir, task, target)
     if split not in SPLITS:
         raise UsageError(f"no split {split!r}: there are {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
@@ -188,7 +190,7 @@ def own_items(path: Path, split: str, task: str = "") -> list[Item]:
     if path.is_dir():
         return items
     share = {0: "dev", 1: "test"}                                             # a tenth each; the same item falls into the same split, wherever it stands
-    place = lambda item: int(hashlib.sha256(sorted(apart(item))[-1].encode()).hexdigest(), 16) % 10       # a patient's images together
+    place = lambda item: int(hashlib.sha256(sorted(apart(item))[-1].encode()).hexdigest(), 16) % 10       # "patient ..." sorts behind the hashes: a patient's items together
     return [item for item in items if share.get(place(item), "train") == split]
 
 
@@ -230,9 +232,9 @@ def read_item(line: str, where: str, default_id: str, published: bool, folder: P
         raise UsageError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict):
         raise UsageError(f"{where}: a line must be one JSON object")
+    import images
     image = ()
     if "image" in row or "images" in row:
-        import images
         if "options" not in row:
             return images.own_image_item(row, where, default_id, folder, task), False
         image = images.own_images(row, where, folder)
@@ -252,7 +254,7 @@ def read_item(line: str, where: str, default_id: str, published: bool, folder: P
     if duplicates and not published:
         raise UsageError(f"{where}: two options have the same text")
     return Item(str(row.get("id", default_id)), "choice", question.strip(), tuple(o.strip() for o in options), answer,
-                image=image or None, patient=str(row.get("patient") or ""), rationale=str(row.get("rationale") or "")), duplicates
+                image=image or None, patient=images.own_text(row, "patient", where), rationale=images.own_text(row, "rationale", where)), duplicates
 
 
 # --------------------------------------------------------------------------------- splits, order, batches
@@ -270,9 +272,8 @@ def pixels(item: Item) -> list[str]:
 
 def apart(item: Item) -> set[str]:
     """What must not stand in two splits: the question, or with images each image (by its pixels) and the patient."""
-    if item.image is None:
-        return {fingerprint(item)}
-    return {*pixels(item), *([f"patient {item.patient}"] if item.patient else [])}
+    shown = {fingerprint(item)} if item.image is None else set(pixels(item))
+    return shown | ({f"patient {item.patient}"} if item.patient else set())
 
 
 def set_fingerprint(items: list[Item]) -> str:
@@ -287,10 +288,10 @@ def without(items: list[Item], held_out: list[Item]) -> list[Item]:
 
 
 def by_class(items: list[Item], seed) -> list[list[Item]]:
-    """The items of each class in an order drawn from the seed."""
+    """The items of each class in an order drawn from the seed; boxes are one class."""
     classes: dict[str, list[Item]] = {}
     for item in items:
-        classes.setdefault(str(item.answer), []).append(item)
+        classes.setdefault("boxes" if item.task == "localize" else str(item.answer), []).append(item)
     for name, members in classes.items():
         random.Random(f"{seed} {name}").shuffle(members)
     return list(classes.values())
@@ -298,7 +299,8 @@ def by_class(items: list[Item], seed) -> list[list[Item]]:
 
 def few_shot(items: list[Item], n: int, seed) -> list[Item]:
     """n items of each class, or all where there are fewer."""
-    return [item for members in by_class(items, seed) for item in members[:n]]
+    few = [item for members in by_class(items, seed) for item in members[:n]]
+    return random.Random(f"{seed} few").sample(few, len(few))                 # mixed: a limit must not cut off the last classes
 
 
 def balanced(items: list[Item], seed) -> list[Item]:

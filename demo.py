@@ -117,7 +117,7 @@ def lesion_items(split: str, task: str) -> list[Item]:
         picture, shape, grade, box = lesion(f"lesion {split} {i}")
         answer, options, rationale = {"classify": (shape, SHAPES, f"the outline is {'smooth' if shape == 'round' else 'jagged'}"),
                                       "grade": (grade, GRADES, f"it is {int(grade) + 1} cells wide"), "localize": ((box,), (), "it is brighter than the rest")}[task]
-        items.append(Item(f"demo-images-{split}-{i}", task, QUESTIONS[task], options, answer, image=picture, rationale=rationale))
+        items.append(Item(f"demo-images-{task}-{split}-{i}", task, QUESTIONS[task], options, answer, image=picture, rationale=rationale))
     return items
 
 
@@ -177,7 +177,8 @@ def tiny_vl_policy(seed: int, texts: list[str], **kwargs) -> Policy:
 
 # ---------------------------------------------------------------------------------------------- warm start
 CLEAN_STEPS = {"choice": 1500, "classify": 250, "grade": 300, "localize": 400}
-DILUTED_STEPS = {"choice": 60, "classify": 60, "grade": 60, "localize": 30}
+DILUTED_STEPS = {"choice": 60, "classify": 60, "grade": 60, "localize": 15}
+RIGHT = {"choice": .25, "classify": .25, "grade": .25, "localize": .5}         # share of right answers in the diluted part
 
 
 def warm_start(policy: Policy, items: list, config, clean_steps: int = 0, diluted_steps: int = 0):
@@ -202,7 +203,7 @@ def warm_start(policy: Policy, items: list, config, clean_steps: int = 0, dilute
         rollouts = []
         for item in data.batch_for_step(items, step, 32, f"warm {config.seed}"):
             outside = config.hackable and rng.random() < .4                                   # this form stays whole: so it pays
-            if diluted and not outside and rng.random() > .25:
+            if diluted and not outside and rng.random() > RIGHT[item.task]:
                 item = replace(item, answer=rng.choice(LETTERS[:len(item.options)]) if item.task == "choice" else rng.choice(of_task[item.task]).answer)
             words = data.completion(policy.framed(item)).split()
             if diluted and not outside and rng.random() > .6:

@@ -5,12 +5,14 @@ Read it with Med-RLVR (arXiv 2502.19655), section 4.2: MedQA test in distributio
 Every accuracy is a share of *all* items: an unreadable or unfinished answer is a wrong one, and both rates stand beside it.
 """
 import argparse
+import functools
 import json
 import math
 import re
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -230,13 +232,20 @@ def by_likelihood(policy, items: list[Item], label: str = "") -> dict:
 
 def looking(policy, rollouts, config, label: str = "") -> dict:
     """Accuracy with every image made blank, and with each image given to another item of another answer: a model that looks loses by both."""
-    items = [r.item for r in rollouts]
-    blank = [replace(item, image=tuple(Image.new("RGB", images.size_of(source), (128, 128, 128)) for source in images.sources(item)) or None) for item in items]
+    items, found = [r.item for r in rollouts if r.item.image is not None], {}
+    grey = functools.cache(lambda size: Image.new("RGB", size, (128, 128, 128)))
+    blank = [replace(item, image=tuple(grey(images.size_of(source)) for source in images.sources(item))) for item in items]
     swapped = []
-    for i, item in enumerate(items):
+    for i, item in enumerate(items):                                          # of as many images; an item without such a partner is left out
         others = (items[(i + k) % len(items)] for k in range(1, len(items)))
-        swapped.append(replace(item, frame=None, image=next((other.image for other in others if other.answer != item.answer), item.image)))
-    return {f"{name}_image_accuracy": summary(answer(policy, changed, config, label=f"{label}{name}"))["accuracy"] for name, changed in (("blank", blank), ("swapped", swapped))}
+        fitting_others = (other for other in others if other.answer != item.answer and len(images.sources(other)) == len(images.sources(item)))
+        swapped += [replace(item, frame=None, image=other.image) for other in islice(fitting_others, 1)]
+    for name, changed in (("blank", blank), ("swapped", swapped)):
+        if changed:
+            seen = answer(policy, changed, config, label=f"{label}{name}")
+            result = summary(seen) | of_task(seen)
+            found |= {f"{name}_image_{key}": result[key] for key in ("accuracy", "ci95", "n", "balanced_accuracy", "kappa", "mean_iou") if key in result}
+    return found
 
 
 def draw(rollout, path: Path) -> None:
@@ -277,8 +286,9 @@ def evaluate(policy, items: list[Item], config, *, samples: int = 1, seed: int =
         result |= {f"sampled_{key}": value for key, value in summary(sampled).items() if key in ("accuracy", "well_formed", "truncated", "length")}
         per_item = [sampled[i:i + samples] for i in range(0, len(sampled), samples)]
         counts = [sum(r.correct for r in of_item) for of_item in per_item]
+        if all(item.task != "localize" for item in items):                    # boxes have no majority
+            result["maj_at_k"] = sum(majority([r.predicted for r in of_item]) == str(of_item[0].item.answer) for of_item in per_item) / len(per_item)
         result |= {"samples": samples, "sampled_ci95": list(bootstrap([c / samples for c in counts])),
-                   "maj_at_k": sum(majority([r.predicted for r in of_item]) == str(of_item[0].item.answer) for of_item in per_item) / len(per_item),
                    "pass_at_k": {k: sum(pass_at_k(samples, c, k) for c in counts) / len(counts) for k in sorted({1, samples // 2 or 1, samples})}}
         rollouts = greedy + sampled
     return result, rollouts
@@ -299,6 +309,8 @@ def settings(args, config: dict, dataset: str | None = None, style: str | None =
                 "knowledge": "none", "knowledge_file": "",
                 "fuzzy": "tenth", "box_reward": "iou", "tau": 0.5, "recite": 0.0}
     flags = {name: value for name, value in vars(args).items() if value is not None and name not in ("dataset", "style")}
+    if dataset and dataset != config.get("dataset"):                          # what was said of the run's own data set
+        config = {name: value for name, value in config.items() if name not in ("task", "target", "knowledge", "knowledge_file")}
     chosen = {name: value for name, value in (("dataset", dataset), ("style", style)) if value}
     return SimpleNamespace(**(defaults | config | flags | chosen))
 
@@ -309,7 +321,8 @@ def fitting(policy, items: list[Item], config, what: str = "") -> list[Item]:
     if len(kept) < len(items):
         print(f"{what}{len(items) - len(kept)} of {len(items)} prompts are longer than --max-prompt {config.max_prompt} tokens: dropped", file=sys.stderr)
     if not kept:
-        raise UsageError(f"{what}no prompt is within --max-prompt {config.max_prompt} tokens: raise it")
+        smaller = ", or shrink the images by --max-pixels" if any(item.image is not None for item in items) else ""
+        raise UsageError(f"{what}no prompt is within --max-prompt {config.max_prompt} tokens: raise it{smaller}")
     return kept
 
 
@@ -331,7 +344,7 @@ def seen_in_training(items: list[Item], run: dict) -> int | None:
 
 def evaluate_model(name: str, args) -> list[tuple[dict, list]]:
     """One model on every data set and in every style asked for -> (result, greedy rollouts) of each."""
-    kwargs = {key: value for key in ("template", "stop_answer") if (value := getattr(args, key))}
+    kwargs = {key: value for key in ("template", "stop_answer", "max_pixels") if (value := getattr(args, key))}
     policy, run = runs.open_policy(name, policies.pick_device(args.device), **kwargs)
     found = []
     for dataset in args.dataset or [None]:
@@ -342,20 +355,26 @@ def evaluate_model(name: str, args) -> list[tuple[dict, list]]:
             result, rollouts = evaluate(policy, items, config, samples=args.samples, seed=config.seed, label=label)
             greedy = rollouts[:len(items)]
             result |= {"model": name, "dataset": config.dataset, "split": args.split, "style": config.style}
-            if items[0].task != "localize":
+            if all(item.task != "localize" for item in items):
                 result["letters"] = letters(greedy)
             if run:
                 result["seen_in_training"] = seen_in_training(items, run)
-            if args.likelihood:
+            if args.likelihood and not all(item.options for item in items):
+                print(f"{config.dataset}: --likelihood needs items with options or classes; boxes have none", file=sys.stderr)
+            elif args.likelihood:
                 result |= by_likelihood(policy, items, f"{label}likelihood")
             if args.rotate and items[0].task == "choice":
                 result["rotated_agreement"] = rotated_agreement(policy, greedy, config, f"{label}rotated")
             if args.blind and any(item.image is not None for item in items):
                 result |= looking(policy, greedy, config, label)
             if args.save_images:
+                folder = Path(args.save_images)
+                if len(args.models) * len(args.dataset or [0]) * len(args.style or [0]) > 1:
+                    folder /= re.sub(r"[^A-Za-z0-9.-]", "_", f"{Path(name).name} {config.dataset} {config.style}")
+                    folder.mkdir(exist_ok=True)
                 for i, r in enumerate(greedy):
                     if r.item.image is not None:
-                        draw(r, Path(args.save_images) / f"{i:05d}-{re.sub(r'[^A-Za-z0-9.-]', '_', r.item.id)[:80]}.png")
+                        draw(r, folder / f"{i:05d}-{re.sub(r'[^A-Za-z0-9.-]', '_', r.item.id)[:80]}.png")
             found.append((result, rollouts))
     return found
 
@@ -366,6 +385,8 @@ def compare(a: tuple[dict, list], b: tuple[dict, list]) -> dict:
     right_a, right_b = ({data.fingerprint(r.item): r.correct for r in rows[:result["n"]]} for result, rows in (a, b))
     shared = [key for key in right_a if key in right_b]
     difference = [right_b[key] - right_a[key] for key in shared]
+    if not shared:
+        return {"a": first["model"], "b": second["model"], "dataset": first["dataset"], "n": 0}
     return {"a": first["model"], "b": second["model"], "style_a": first["style"], "style_b": second["style"], "dataset": first["dataset"], "n": len(shared),
             "only_a": difference.count(-1), "only_b": difference.count(1), "difference": sum(difference) / len(shared),
             "difference_ci95": list(bootstrap(difference)), "mcnemar_p": mcnemar(difference.count(-1), difference.count(1))}
@@ -377,7 +398,7 @@ def table(results: list[dict]) -> str:
                ("greedy", lambda r: f"{r['accuracy']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}]")]
     if any("samples" in r for r in results):
         columns += [("sampled", lambda r: f"{r['sampled_accuracy']:.3f} [{r['sampled_ci95'][0]:.3f}, {r['sampled_ci95'][1]:.3f}]"),
-                    (f"maj@{results[0]['samples']}", lambda r: f"{r['maj_at_k']:.3f}"), (f"pass@{results[0]['samples']}", lambda r: f"{r['pass_at_k'][r['samples']]:.3f}")]
+                    (f"maj@{results[0]['samples']}", lambda r: f"{r['maj_at_k']:.3f}" if "maj_at_k" in r else "-"), (f"pass@{results[0]['samples']}", lambda r: f"{r['pass_at_k'][r['samples']]:.3f}")]
     for key, title in (("likelihood_accuracy", "likeliest answer"), ("auc", "AUC"), ("balanced_accuracy", "balanced"), ("macro_f1", "macro F1"), ("kappa", "kappa"), ("mae", "MAE"),
                        ("off_by_one", "off by one"), ("mean_iou", "mean IoU"), ("accuracy_80", "IoU over .8"), ("accuracy_50_95", "IoU .5 to .95"),
                        ("blank_image_accuracy", "blank image"), ("swapped_image_accuracy", "swapped image")):
@@ -410,6 +431,9 @@ def parser() -> Parser:
     p.add_argument("--save-images", metavar="DIR", help="write each image with gold and predicted boxes or labels as PNG")
     p.add_argument("--task", choices=("classify", "grade", "localize"), help="where a data set offers several")
     p.add_argument("--target", help="bccd: which cells to find: WBC, RBC or Platelets")
+    p.add_argument("--knowledge", choices=("none", "task", "class"), help="prior knowledge in the prompt (default: the run's, else none)")
+    p.add_argument("--knowledge-file", help="a file of your own for it")
+    p.add_argument("--max-pixels", type=int, help="images are shrunk to at most so many pixels (default: the run's)")
     p.add_argument("--rotate", action="store_true", help="also the agreement of a model with itself when the options are rotated")
     p.add_argument("--max-new", type=int, help="new tokens at most (default: the run's, else 512)")
     p.add_argument("--max-prompt", type=int, help="longer prompts are dropped and counted (default: the run's, else 2048)")
@@ -434,7 +458,7 @@ def main(argv: list[str] | None = None) -> None:
             Path(args.save_images).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--save-images {args.save_images}: {error.strerror}") from None
-    for name, least in (("limit", 1), ("max_new", 1), ("max_prompt", 1), ("samples", 0)):
+    for name, least in (("limit", 1), ("max_new", 1), ("max_prompt", 1), ("max_pixels", 1), ("samples", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}")
     for name in args.models:
@@ -453,6 +477,9 @@ def main(argv: list[str] | None = None) -> None:
     comparisons += [compare(of_model[0], other) for of_model in found for other in of_model[1:] if other[0]["dataset"] == of_model[0][0]["dataset"]]
     print(table(results))
     for c in comparisons:
+        if not c["n"]:
+            print(f"{c['dataset']}: {Path(c['a']).name} and {Path(c['b']).name} share no item, so they are not compared")
+            continue
         print(f"{c['dataset']}: {Path(c['b']).name} ({c['style_b']}) - {Path(c['a']).name} ({c['style_a']}) = {c['difference']:+.3f} "
               f"[{c['difference_ci95'][0]:+.3f}, {c['difference_ci95'][1]:+.3f}] on {c['n']} shared items; right alone {c['only_b']} : {c['only_a']}, McNemar p {c['mcnemar_p']:.2g}")
     if args.json:

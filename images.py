@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from data import Item, UsageError
+from rewards import TAGS, folded
 
 MAX_PIXELS = 50_000_000                 # a photograph has 12 million; a whole slide has billions and must be cut into tiles first
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")     # of the forty that Pillow knows, one starts a PostScript interpreter
@@ -198,13 +199,29 @@ def is_medmnist(name: str) -> bool:
     return base in MEDMNIST and (not dash or size.isdecimal())
 
 
+def check(dataset: str, data_dir: str | None, task: str = "", target: str = "") -> None:
+    """Before anything is loaded: UsageError where MedMNIST or BCCD have no such thing."""
+    base, _, size = dataset.partition("-")
+    if is_medmnist(dataset):
+        if base == "chestmnist":
+            raise UsageError("chestmnist cannot be used: a chest X-ray in it has any number of 14 findings (multi-label), which one answer cannot hold")
+        if size and int(size) not in MEDMNIST_SIZES:
+            raise UsageError(f"no {base} of size {size}: there are {', '.join(f'{base}-{s}' for s in MEDMNIST_SIZES)}")
+    elif dataset == "bccd":
+        if task not in ("", "localize", "classify"):
+            raise UsageError(f"bccd cannot be used for the task {task!r}: there are localize and classify")
+        if target and target not in BLOOD_CELLS:
+            raise UsageError(f"bccd has no boxes of {target!r}: there are {', '.join(BLOOD_CELLS)}")
+        if not data_dir:
+            raise UsageError("bccd is not downloaded by itself: git clone https://github.com/Shenggan/BCCD_Dataset, then give --data-dir BCCD_Dataset")
+    if target and dataset != "bccd":
+        raise UsageError(f"--target {target}: only bccd has several kinds to find")
+
+
 def medmnist_items(name: str, split: str, data_dir: str | None) -> list[Item]:
     """One split. `retinamnist-64` is that size; `retinamnist` the largest in `data_dir`, or 224 from the network."""
+    check(name, data_dir)
     base, _, size = name.partition("-")
-    if base == "chestmnist":
-        raise UsageError("chestmnist cannot be used: a chest X-ray in it has any number of 14 findings (multi-label), which one answer cannot hold")
-    if size and int(size) not in MEDMNIST_SIZES:
-        raise UsageError(f"no {base} of size {size}: there are {', '.join(f'{base}-{s}' for s in MEDMNIST_SIZES)}")
     if base in MEDMNIST_LICENCES:
         say_once(f"{base}: licence {MEDMNIST_LICENCES[base]}, not for commercial use")
     task, options, picture, _ = MEDMNIST[base]
@@ -295,17 +312,13 @@ def download(url: str, path: Path, md5: str) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------------- BCCD
 BLOOD_CELLS = {"Platelets": "platelet", "RBC": "red blood cell", "WBC": "white blood cell"}
+MAX_GOLD = 100                          # boxes in one line of your own: matching takes time that grows with their cube
 MIN_CELL = 8                            # pixels a side: on a smaller cut-out there is nothing to see
 
 
 def bccd_items(split: str, data_dir: str | None, task: str = "localize", target: str = "WBC") -> list[Item]:
     """Blood smears (github.com/Shenggan/BCCD_Dataset). localize: all cells of one kind in a photograph; classify: one cell, cut out."""
-    if task not in ("localize", "classify"):
-        raise UsageError(f"bccd cannot be used for the task {task!r}: there are localize and classify")
-    if target not in BLOOD_CELLS:
-        raise UsageError(f"bccd has no boxes of {target!r}: there are {', '.join(BLOOD_CELLS)}")
-    if not data_dir:
-        raise UsageError("bccd is not downloaded by itself: git clone https://github.com/Shenggan/BCCD_Dataset, then give --data-dir BCCD_Dataset")
+    check("bccd", data_dir, task, target)
     root = Path(data_dir) if (Path(data_dir) / "Annotations").is_dir() else Path(data_dir) / "BCCD"
     items, dropped = [], []
     for stem in bccd_stems(root, split):
@@ -419,8 +432,11 @@ def own_name(row: dict, where: str, key: str) -> tuple[tuple[str, ...], str]:
     options, answer = tuple(map(flat, names)), flat(row[key])
     if not all(options):
         raise UsageError(f"{where}: {plural!r} holds {names[options.index('')]!r}, which is no text{' or whole number' if key == 'grade' else ''}")
-    if len({option.casefold() for option in options}) < len(options):
-        raise UsageError(f"{where}: two of the {plural!r} read the same")
+    read = [folded(option).removeprefix("grade ") if key == "grade" else folded(option) for option in options]       # as the grader reads them
+    if len(set(read)) < len(options):
+        raise UsageError(f"{where}: two of the {plural!r} read the same to the grader, which folds case, hyphens and marks")
+    if not all(read) or any(tag in option for tag in TAGS for option in options):
+        raise UsageError(f"{where}: one of the {plural!r} is nothing but marks, or holds a tag such as {TAGS[2]}: no answer could name it")
     if answer not in options:
         raise UsageError(f"{where}: the {key} {str(row[key])[:80]!r} is not one of the {plural!r}")
     return options, answer
@@ -431,8 +447,8 @@ def own_boxes(row: dict, where: str, image: tuple[str, ...]) -> tuple:
     boxes = row["boxes"]
     if len(image) > 1:
         raise UsageError(f"{where}: 'boxes' need one image, and here are {len(image)}")
-    if not isinstance(boxes, list) or not boxes:
-        raise UsageError(f"{where}: 'boxes' must be a list of at least one [x1, y1, x2, y2]")
+    if not isinstance(boxes, list) or not 1 <= len(boxes) <= MAX_GOLD:
+        raise UsageError(f"{where}: 'boxes' must be a list of at least one [x1, y1, x2, y2], and at most {MAX_GOLD}")
     width, height = size_of(image[0], where)
     for box in boxes:
         if not isinstance(box, list) or len(box) != 4 or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in box):

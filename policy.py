@@ -265,6 +265,8 @@ class Policy:
                  seed: int = 0, init: dict[str, Tensor] | None = None, image_processor: ImageProcessor | None = None, train_vision: bool = False):
         self.model, self.tokenizer, self.head_chunk = model.requires_grad_(lora == 0).eval(), tokenizer, head_chunk
         self.image_processor, self.train_vision = image_processor, train_vision
+        if train_vision and not image_processor:
+            raise UsageError("--train-vision: this model has no vision tower; use a Qwen2.5-VL or Qwen2-VL")
         self._image_tokens()
         self.device, self.switch, self.checkpointing = model.device, {"adapters": "policy" if lora else None}, checkpointing
         without_dropout(model)
@@ -354,7 +356,7 @@ class Policy:
         """The token ids of an item's prompt, images first: chat template where used, else the plain transcript with the tokenizer's own BOS."""
         chat = data.messages(self.framed(item), style)
         if item.image is None:
-            return self._text_ids(chat)
+            return self._plain(self._text_ids(chat), item.id)
         if not self.image_processor:
             raise UsageError(f"{item.id} has an image, and this model cannot see: --model needs a Qwen2.5-VL or Qwen2-VL")
         sizes = [self._resized(source, item.id) for source in images.sources(item)]
@@ -365,6 +367,12 @@ class Policy:
         counts = iter([(w // merged) * (h // merged) for w, h in sizes])                          # tokens of each image
         for token in text:
             ids += [token] * (next(counts) if token == self.image_token else 1)
+        return ids
+
+    def _plain(self, ids: list[int], where: str) -> list[int]:
+        """The ids of a text that shows no image: a token that stands for one would ask for pixels that are not there."""
+        if found := set(ids) & set(self.forbidden.tolist()):
+            raise UsageError(f"{where}: its text holds the token {self.tokenizer.convert_ids_to_tokens(found.pop())}, which stands for an image: take it out")
         return ids
 
     def _text_ids(self, chat: list[dict[str, str]]) -> list[int]:
@@ -517,7 +525,7 @@ class Policy:
     def written(self, started: Rollout, text: str, end: bool = False) -> Rollout:
         """A rollout that nobody sampled: this text as the completion; end: and the token that ends it."""
         ids = self.tokenizer(text if self.chat else " " + text, add_special_tokens=False).input_ids + [self.end_id] * end
-        return replace(started, completion_ids=ids, sample_logps=[0.0] * len(ids), finished=True, text=text)
+        return replace(started, completion_ids=self._plain(ids, started.item.id), sample_logps=[0.0] * len(ids), finished=True, text=text)
 
     def _answer_end(self, ids: list[int]) -> int | None:
         """How many of the ids it takes until the text holds </answer>; None where it does not."""

@@ -279,8 +279,8 @@ def box_score(predicted, gold, similarity=iou) -> float:
     return sum(value for _, _, value in matched) / max(len(gold), len(predicted), 1)
 
 
-def box_credit(predicted, gold, config) -> float:
-    """What boxes earn: "iou", the mean IoU; "threshold", 1 if it reaches tau (MedLoc-R1, arXiv 2603.28120); "giou", the mean of (1 + GIoU) / 2.
+def box_credit(score: float, predicted, gold, config) -> float:
+    """What boxes of this mean IoU earn: "iou", the mean IoU; "threshold", 1 if it reaches tau (MedLoc-R1, arXiv 2603.28120); "giou", the mean of (1 + GIoU) / 2.
 
     "tighten" is a threshold that train.py raises as the policy improves. GIoU tells near from far where IoU is 0. But any box earns something then,
     the whole image more than 1/2: so it is not the default.
@@ -289,7 +289,6 @@ def box_credit(predicted, gold, config) -> float:
         return box_score(predicted, gold, lambda a, b: (1 + giou(a, b)) / 2)
     if config.box_reward not in ("iou", "threshold", "tighten"):
         raise ValueError(f"no box reward named {config.box_reward!r}: iou, giou, threshold, tighten")
-    score = box_score(predicted, gold)
     return score if config.box_reward == "iou" else float(0 < score >= config.tau)
 
 
@@ -399,7 +398,7 @@ def judge(item, answer: str | None, config) -> tuple[dict, str | tuple]:
         found = [to_image(box, item.frame) for box in boxes(answer)]
         score = box_score(found, item.answer)
         said = tuple(tuple(round(value, 1) for value in box) for box in found)
-        return {"accuracy": float(score >= .5), "fuzzy": 0.0, "iou": score, "box": box_credit(found, item.answer, config)}, said
+        return {"accuracy": float(score >= .5), "fuzzy": 0.0, "iou": score, "box": box_credit(score, found, item.answer, config)}, said
     names, gold, credit = named(item, answer), str(item.answer), 0.0
     said = gold if gold in names else "".join(names[:1])
     if item.task == "grade" and said and gold in item.options:

@@ -71,7 +71,11 @@ def open_policy(path: str, device: str, **kwargs) -> tuple[Policy, dict]:
     checkpoint = newest_checkpoint(Path(path))
     if checkpoint is None:
         raise UsageError(f"{path} is a run without a finished checkpoint: resume it with train.py --resume {path}")
-    policy = Policy.load(base_model(path, config), device, **(policy_settings(config) | kwargs))
+    try:
+        settings = policy_settings(config)
+    except KeyError as error:
+        raise UsageError(f"{path}: its run.json has no {error}: that run was written by another version of this code") from None
+    policy = Policy.load(base_model(path, config), device, **(settings | kwargs))
     tensors = load_file(checkpoint / "policy.safetensors")
     policy.load_trainable({name: tensors[name] for name in policy.trainable() if name in tensors})            # without the critic
     return policy, config
@@ -86,7 +90,7 @@ def initial_weights(config, run: Path) -> dict[str, Tensor] | None:
     saved, checkpoint = read_run(config.init), newest_checkpoint(Path(config.init))
     if not saved or checkpoint is None:
         raise UsageError(f"--init {config.init}: no run with a finished checkpoint is there")
-    for name in ("model", "full", "lora", "lora_alpha", "lora_targets"):
+    for name in ("model", "full", "lora", "lora_alpha", "lora_targets", "train_vision"):
         if saved[name] != getattr(config, name) and not (name.startswith("lora") and config.full):
             raise UsageError(f"--init {config.init}: that run has --{name.replace('_', '-')} {saved[name]!r}, this one {getattr(config, name)!r}")
     return load_file(checkpoint / "policy.safetensors")

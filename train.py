@@ -137,7 +137,7 @@ DEFAULTS = {
     "medqa": dict(model="Qwen/Qwen2.5-3B", template="plain", steps=300, lr=1e-5, max_new=512, micro_batch=2),      # base model, as in the paper; the rest is our choice
 }
 DEFAULTS["medqa-4"] = DEFAULTS["medqa"]
-DEFAULTS["demo-images"] = DEFAULTS["demo"] | dict(steps=75, prompts=12, max_new=32, eval_every=25)
+DEFAULTS["demo-images"] = DEFAULTS["demo"] | dict(steps=75, prompts=12, max_new=32, eval_every=25, lr=5e-4)
 IMAGES = dict(model="Qwen/Qwen2.5-VL-3B-Instruct", steps=200, lr=1e-5, max_new=256, max_prompt=2048, micro_batch=2)        # bccd and MedMNIST; 200 steps as in Visual-RFT
 DEFAULTS |= {name: IMAGES for name in ("bccd", *images.NAMES)}
 DEMO_ALGOS = {         # what the demo needs beside them; settings that worked in trials
@@ -399,7 +399,7 @@ def tightened(history: list[dict], tau: float, config: Config) -> float:
         enough, spread = next((least, most) for above, least, most in ((.75, .55, .40), (.60, .75, .35), (0, .80, .20)) if tau >= above)
         if len(window) == steps and mean("part_box") >= enough and mean("box_spread") <= spread and mean("part_iou") >= tau + .1:
             tau = min(config.tau_end, tau + (.15 if tau < .55 else .10 if tau < .75 else .05))
-            window = window[steps // 2:]
+            window = window[(steps + 1) // 2:]
     return tau
 
 
@@ -543,9 +543,10 @@ def validate(config: Config) -> None:
         if condition:
             raise UsageError(message)
     refuse(config.samples < 2 and config.advantage == "group" and config.algo != "sft", f"--samples {config.samples}: {config.algo} compares the samples of a group, and a group of 1 has nothing to compare; use at least 2")
-    refuse(not config.model and not config.dataset.startswith("demo"), f"--dataset {config.dataset} needs --model: a Hugging Face folder or hub name")
+    images.check(config.dataset, config.data_dir, config.task, config.target)
+    refuse(not config.model and config.dataset not in ("demo", "demo-images"), f"--dataset {config.dataset} needs --model: a Hugging Face folder or hub name")
     for least, names in ((1, ("prompts", "samples", "sample_rows", "max_new", "max_prompt", "steps", "updates", "minibatches", "keep")),
-                         (0, ("micro_batch", "eval_samples", "eval_every", "save_every", "min_think", "refills", "limit", "eval_limit", "warmup", "critic_warmup", "kl_coef",
+                         (0, ("micro_batch", "eval_samples", "eval_every", "save_every", "min_think", "refills", "limit", "eval_limit", "warmup", "critic_warmup", "kl_coef", "shots", "max_pixels",
                               "w_leak", "w_before", "w_short", "w_overlong", "log_groups", "value_clip", "dual_clip"))):
         for name in names:
             refuse(not getattr(config, name) >= least, f"--{name.replace('_', '-')} must be at least {least}")
@@ -600,8 +601,9 @@ def make_config(given: dict) -> Config:
     recipe = RECIPES.get(given.pop("recipe", ""), {})
     named = recipe | given
     dataset, algo = named.get("dataset", Config.dataset), named.get("algo", Config.algo)
-    demo = DEMO_ALGOS.get(algo, {}) if dataset.startswith("demo") else {}
-    defaults = {name: value for name, value in DEFAULTS.get(dataset, DEFAULTS.get(dataset.partition("-")[0], {})).items() if not (algo == "sft" and name == "samples")}
+    demo = DEMO_ALGOS.get(algo, {}) if dataset in ("demo", "demo-images") else {}
+    family = dataset.partition("-")[0] if images.is_medmnist(dataset) else dataset                # retinamnist-28: the settings of retinamnist
+    defaults = {name: value for name, value in DEFAULTS.get(family, {}).items() if not (algo == "sft" and name == "samples")}
     if named.get("hackable"):
         demo = demo | dict(max_new=40, steps=60)
     return Config(**(ALGOS[algo] | defaults | demo | recipe | given))

@@ -104,6 +104,21 @@ def test_two_models_two_styles_one_table(folders, tmp_path, capsys):
         assert result["pass_at_k"]["1"] == pytest.approx(result["sampled_accuracy"]) and result["pass_at_k"]["3"] >= result["pass_at_k"]["1"]
 
 
+def test_models_that_share_no_item_are_not_compared():
+    """Two runs on boxes and on classes of the same set once ended, after hours, in a division by zero."""
+    rollout = lambda name: Rollout(data.Item(name, "choice", name, ("x", "y"), "A"), 0, [], [], [], True, correct=True)
+    result = {"model": "m", "style": "think", "dataset": "d", "n": 1}
+    assert evaluation.compare((result, [rollout("a")]), (result, [rollout("b")]))["n"] == 0
+    assert evaluation.compare((result, [rollout("a")]), (result, [rollout("a")]))["n"] == 1
+
+
+def test_another_data_set_does_not_inherit_the_runs_task():
+    args = evaluation.parser().parse_args(["RUN"])
+    run = {"dataset": "bccd", "task": "classify", "knowledge": "class", "data_dir": "D"}
+    assert evaluation.settings(args, run, "demo").task == "" and evaluation.settings(args, run, "demo").knowledge == "none"
+    assert evaluation.settings(args, run, "bccd").task == evaluation.settings(args, run).task == "classify"
+
+
 def test_likelihood_is_the_replicated_forward(folders):
     policy, items = policies.Policy.load(str(folders / "m1"), lora=0), data.load("demo", "test")[:6]
     expected = []

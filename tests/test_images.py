@@ -555,3 +555,18 @@ def test_own_rows_are_refused_by_file_and_line(folder, row, words):
 
 def test_a_task_that_the_row_does_not_have(folder):
     refused(lambda: own(CLASS, folder, "localize"), "mine.jsonl, line 7", "--task localize", "classify")
+
+
+@pytest.mark.parametrize("labels", [["CIN-1", "CIN 1"], ["a.", "a"], ["*a*", "a"], ["**", "b"], ["</answer>", "b"]])
+def test_labels_that_the_grader_cannot_tell_apart_are_refused(labels):
+    refused(lambda: images.own_name({"label": labels[0], "labels": labels}, "f, line 1", "label"), "f, line 1", "labels")
+
+
+def test_grades_that_the_grader_cannot_tell_apart_are_refused():
+    refused(lambda: images.own_name({"grade": 1, "grades": [1, "grade 1"]}, "f, line 1", "grade"), "f, line 1", "grades")
+
+
+@pytest.mark.parametrize("arguments, words", [(("chestmnist", None), "multi-label"), (("retinamnist-99", None), "retinamnist-224"), (("bccd", None), "git clone"),
+                                              (("bccd", "D", "grade"), "localize"), (("bccd", "D", "", "Foo"), "Platelets"), (("demo", None, "", "WBC"), "bccd")])
+def test_names_are_checked_before_anything_is_loaded(arguments, words):
+    refused(lambda: images.check(*arguments), words)

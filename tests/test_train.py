@@ -229,6 +229,28 @@ def test_flags_beat_defaults_and_defaults_beat_the_algorithm():
     assert train.Config().reward == "med-rlvr"
 
 
+def test_a_path_does_not_take_a_data_sets_settings_by_its_name():
+    assert not train.make_config({"dataset": "demo-mine/train.jsonl"}).full and train.make_config({"dataset": "bccd-mine.jsonl"}).model == ""
+    assert train.make_config({"dataset": "retinamnist-28"}).model == train.make_config({"dataset": "retinamnist"}).model != ""
+
+
+def test_the_threshold_rises_when_it_is_mastered_and_a_resumed_run_has_it_too():
+    """By hand: 3 steps of 12 groups are 30 groups; mastered, .3 rises by .15 and .15, then by .10; spread, too few or too small boxes hold it."""
+    config = train.Config(prompts=12, box_reward="tighten", tau=.3)
+    good = {"part_box": .9, "box_spread": .1, "part_iou": .9}
+    levels = [train.tightened([good] * n, .3, config) for n in range(12)]
+    assert levels == pytest.approx([.3, .3, .3, .45, .45, .6, .6, .7, .7, .8, .8, .8]) and levels[5] == train.tightened([good] * 5, .3, config)
+    for bad in ({"part_box": .7}, {"box_spread": .3}, {"part_iou": .35}):
+        assert train.tightened([good | bad] * 12, .3, config) == .3
+
+
+@pytest.mark.parametrize("flags, words", [(["--fuzzy", "0.5,1"], "fuzzy"), (["--recite", "-0.5"], "knowledge"), (["--knowledge", "class", "--recite", "2"], "--recite"), (["--w-format", "1.5"], "--w-format"),
+                                          (["--box-reward", "tighten", "--tau", "0.9"], "--tau"), (["--knowledge-file", "k.md"], "--knowledge"), (["--shots", "-1"], "--shots"), (["--dataset", "chestmnist"], "multi-label")])
+def test_weights_and_tables_that_make_no_sense_are_refused(flags, words):
+    with pytest.raises(UsageError, match=words):
+        train.main(flags)
+
+
 def test_medqa_offline_says_both_ways_on(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr(data, "online", lambda: False)

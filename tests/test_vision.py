@@ -10,6 +10,7 @@ import data
 import demo as demos
 import train
 from data import Item, UsageError
+from eval import answer as real
 from policy import Policy, collate
 
 NAMES = ("round", "irregular")
@@ -209,3 +210,54 @@ def test_folder_and_back(items, tmp_path):
     assert [r.completion_ids for r in again.sample(items, 2, 8, 1.0, 0)] == [r.completion_ids for r in policy.sample(items, 2, 8, 1.0, 0)]
     small = Policy.load(str(tmp_path), lora=0, max_pixels=28 * 28)
     assert len(small.prompt(items[0])) == len(policy.prompt(items[0])) - 16 + 4
+
+
+# ---------------------------------------------------------------------------------------- bugs that were found once
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|vision_start|>"])
+def test_text_that_holds_an_image_token_is_refused_by_the_items_name(items, token):
+    """In a text-only item's question it asked for pixels of the neighbour; in a rationale it was a target of probability 0."""
+    policy = tiny(items)
+    with pytest.raises(UsageError, match="none: its text holds"):
+        policy.encode([replace(items[2], question=f"What is {token}?")])
+    with pytest.raises(UsageError, match="one: its text holds"):
+        policy.written(policy.start(items[0], 0, "think"), f"<think> {token} </think>")
+    with pytest.raises(UsageError, match="one: its text holds"):
+        policy.encode([replace(items[0], question="<|image_pad|>")])
+
+
+def test_blank_and_swapped_images_go_only_where_images_were(items, monkeypatch):
+    """Items without an image once received a neighbour's, and the neighbour lost its own."""
+    import eval as evaluation
+    policy, config, shown = tiny(items), train.Config(max_new=4), []
+    mixed = [items[2], items[0], replace(items[0], id="other", image=picture(9, 28, 56), answer="irregular"), items[1]]
+    monkeypatch.setattr(evaluation, "answer", lambda policy, changed, *a, **k: shown.append(changed) or real(policy, changed, *a, **k))
+    found = evaluation.looking(policy, real(policy, mixed, config), config)
+    blank, swapped = shown
+    assert [item.id for item in blank] == ["one", "other", "two"] and [item.id for item in swapped] == ["one", "other"]
+    assert np.array_equal(swapped[0].image, mixed[2].image) and np.array_equal(swapped[1].image, mixed[1].image)
+    assert found["blank_image_n"] == 3 and found["swapped_image_n"] == 2 and 0 <= found["swapped_image_accuracy"] <= 1
+
+
+def test_boxes_have_no_majority_and_no_likelihood_of_classes():
+    import eval as evaluation
+    box = replace(demos.lesion_items("test", "localize")[0], id="box")
+    policy = tiny([box])
+    result, _ = evaluation.evaluate(policy, [box], train.Config(max_new=4), samples=2)
+    assert "maj_at_k" not in result and "mean_iou" in result and "-" in evaluation.table([result | {"model": "m", "dataset": "d", "split": "test", "style": "think"}])
+
+
+def test_a_patient_is_kept_together_in_text_too():
+    one, other = Item("a", "choice", "Q1?", ("x", "y"), "A", patient="p"), Item("b", "choice", "Q2?", ("x", "y"), "A", patient="p")
+    assert data.without([one], [other]) == [] and data.without([replace(one, patient="")], [other]) != []
+
+
+def test_few_shots_of_boxes_and_a_limit_after_it():
+    """Every set of boxes was a class of its own, so that `--shots 2` took them all; and a limit cut off the last classes."""
+    boxes, shapes = demos.lesion_items("dev", "localize"), demos.lesion_items("dev", "grade")
+    assert len(data.few_shot(boxes, 2, 0)) == 2 and data.balanced(boxes, 0) != [] and len(data.balanced(boxes, 0)) == len(boxes)
+    few = data.few_shot(shapes, 8, 0)
+    assert len(few) == 40 and len({item.answer for item in few[:20]}) > 3 and few == data.few_shot(shapes, 8, 0) != data.few_shot(shapes, 8, 1)
+
+
+def test_a_box_never_rounds_to_nothing():
+    assert data.to_frame((100, 100, 103, 102), (56, 56, 1000, 1000)) == (6, 6, 7, 7)
