@@ -1,8 +1,8 @@
 """VRFT-Aug's four augmentations on the demo's images: each alone, together, and against the controls that the paper's reviewers missed.
 
-    python benchmarks/ablation.py --out FOLDER [--seeds 0 1 2 3 4] [--arms v-rft fuzzy ...] [--arm NAME "FLAGS"] [--json F] [--png F]
+    python benchmarks/ablation.py --out FOLDER [--task grade|classify] [--seeds 0 1 2] [--arms v-rft fuzzy ...] [--arm NAME "FLAGS"] [--json F] [--png F]
 
-All arms of a seed start from one base: a tiny Qwen2.5-VL taught two tasks, grades and boxes, then spoilt (arms with knowledge: a base of their own, taught with
+All arms of a seed start from one base: a tiny Qwen2.5-VL taught two tasks, grades (or outlines) and boxes (arms with knowledge: a base of their own, taught with
 it in the prompt). Each phase of an arm is one `train.py` in a process of its own. The settings and the questions stand in benchmarks/study.json, fixed before the
 runs. A killed study goes on where it was: run the same command again. `--arm` adds an arm, for weights: --arm "recite -1" "--knowledge class --recite -1".
 """
@@ -44,19 +44,19 @@ ARMS = {                                # name: phases, each the flags in which 
 }
 
 
-def make_base(folder: Path, seed: int, knowledge: str) -> None:
-    """A model folder: taught grades and boxes, then spoilt. Written beside and renamed, so that a killed one is made anew."""
+def make_base(folder: Path, task: str, seed: int, knowledge: str) -> None:
+    """A model folder: taught the task and boxes, then spoilt. Written beside and renamed, so that a killed one is made anew."""
     if folder.exists():
         return
     torch.set_num_threads(1)
-    config = train.make_config({"dataset": "demo-images", "seed": seed})
+    config, setting = train.make_config({"dataset": "demo-images", "seed": seed}), STUDY["tasks"][task]
     items = []
-    for task, share in STUDY["base"]["items"].items():
+    for task, share in setting["items"].items():
         of_task = data.load("demo-images", "train", task=task)[:share]
         items += data.with_knowledge(of_task, "demo-images", knowledge)
     texts = [part for item in items for part in (data.messages(item)[1]["content"], data.completion(item))]
     policy = demo.tiny_vl_policy(train.fold(seed, "model"), texts[:400] + texts[-400:], train_vision=True)
-    for _ in demo.warm_start(policy, items, config, STUDY["base"]["clean_steps"], STUDY["base"]["diluted_steps"]):
+    for _ in demo.warm_start(policy, items, config, setting["clean_steps"], setting["diluted_steps"]):
         pass
     beside = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -78,32 +78,32 @@ def run_phase(run: Path, flags: list[str]) -> None:
         raise SystemExit(f"{run}: train.py ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
-def run_arm(out: Path, name: str, phases: list[str], seed: int) -> dict:
+def run_arm(out: Path, task: str, name: str, phases: list[str], seed: int) -> dict:
     """An arm of one seed -> what it started from and came to, on the test split, and its curves."""
     knowledge = "class" if KNOWLEDGE in phases[-1] else "none"
-    base, before = out / f"base-{seed}-{knowledge}", None
+    base, before = out / f"base-{task}-{seed}-{knowledge}", None
     for number, phase in enumerate(phases):
-        run = out / f"{name.replace(' ', '_').replace(',', '')}-{seed}-{number}"
+        run = out / f"{task}-{name.replace(' ', '_').replace(',', '')}-{seed}-{number}"
         filled = phase.format(prompts=STUDY["prompts"], twice=2 * STUDY["steps"])
-        flags = [*shlex.split(f"--dataset demo-images --task {STUDY['task']} --steps {STUDY['steps']} {STUDY['flags']} {filled}"), "--seed", str(seed), "--model", str(base)]
+        flags = [*shlex.split(f"--dataset demo-images --task {task} --steps {STUDY['steps']} {STUDY['flags']} {filled}"), "--seed", str(seed), "--model", str(base)]
         run_phase(run, flags + (["--init", str(before)] if before else []))
         before = run
     found = json.loads((run / "eval.json").read_text(encoding="utf-8"))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
     keep = ("accuracy", "sampled_accuracy", "kappa", "mae", "off_by_one", "sampled_length")
     curve = lambda key: [[m["step"], m[key]] for m in metrics if key in m]
-    return {"arm": name, "seed": seed, "start": {k: found["before"][k] for k in keep}, "after": {k: found["after"][k] for k in keep},
+    return {"arm": name, "seed": seed, "start": {k: found["before"][k] for k in keep if k in found["before"]}, "after": {k: found["after"][k] for k in keep if k in found["after"]},
             "curves": {key: curve(key) for key in ("accuracy", "dev_accuracy", "dev_kappa", "part_recite", "think_words") if key != "accuracy" or "sft" not in phases[-1]}}
 
 
-def run_seed(out: Path, arms: dict, seed: int) -> list[dict]:
+def run_seed(out: Path, task: str, arms: dict, seed: int) -> list[dict]:
     for knowledge in sorted({"class" if KNOWLEDGE in phases[-1] else "none" for phases in arms.values()}):
-        subprocess.run([sys.executable, __file__, "--out", str(out), "--base", str(seed), knowledge], check=True)
+        subprocess.run([sys.executable, __file__, "--out", str(out), "--task", task, "--base", str(seed), knowledge], check=True)
     rows = []
     for name, phases in arms.items():
-        rows.append(run_arm(out, name, phases, seed))
-        print(f"seed {seed} {name}: sampled {rows[-1]['start']['sampled_accuracy']:.3f} -> {rows[-1]['after']['sampled_accuracy']:.3f}, "
-              f"kappa {rows[-1]['start']['kappa']:.3f} -> {rows[-1]['after']['kappa']:.3f}", flush=True)
+        rows.append(run_arm(out, task, name, phases, seed))
+        start, after = rows[-1]["start"], rows[-1]["after"]
+        print(f"seed {seed} {name}: " + ", ".join(f"{key} {start[key]:.3f} -> {after[key]:.3f}" for key in ("sampled_accuracy", "accuracy", "kappa") if key in after), flush=True)
     return rows
 
 
@@ -119,8 +119,9 @@ def summarise(rows: list[dict]) -> list[dict]:
     """A line an arm: means over seeds with intervals, and the differences from V-RFT, and for boxes from V-RFT of twice the steps, paired by seed."""
     of = {(r["arm"], r["seed"]): r for r in rows}
     value = {"start": lambda r: r["start"]["sampled_accuracy"], "sampled": lambda r: r["after"]["sampled_accuracy"], "greedy": lambda r: r["after"]["accuracy"],
-             "kappa": lambda r: r["after"]["kappa"], "kappa_over_steps": lambda r: statistics.fmean(k for _, k in r["curves"]["dev_kappa"]),
              "accuracy_over_steps": lambda r: statistics.fmean(a for _, a in r["curves"]["dev_accuracy"])}
+    if all("kappa" in r["after"] for r in rows):
+        value |= {"kappa": lambda r: r["after"]["kappa"], "kappa_over_steps": lambda r: statistics.fmean(k for _, k in r["curves"]["dev_kappa"])}
     lines = []
     for arm in dict.fromkeys(r["arm"] for r in rows):
         seeds = [r["seed"] for r in rows if r["arm"] == arm]
@@ -135,12 +136,14 @@ def summarise(rows: list[dict]) -> list[dict]:
 def table(lines: list[dict]) -> str:
     """Markdown."""
     cell = lambda x, sign="": f"{x[0]:{sign}.3f} [{x[1]:{sign}.3f}, {x[2]:{sign}.3f}]"
-    head = ["arm", "seeds", "start, sampled", "sampled", "greedy", "kappa", "sampled, minus v-rft", "greedy over the steps, minus v-rft", "kappa over the steps, minus v-rft"]
+    titles = {"start": "start, sampled", "sampled": "sampled", "greedy": "greedy", "kappa": "kappa"}
+    differences = {"sampled": "sampled", "accuracy_over_steps": "greedy over the steps", "kappa_over_steps": "kappa over the steps"}
+    there = lambda names: [name for name in names if name in lines[0]]
+    head = ["arm", "seeds", *(titles[name] for name in there(titles)), *(f"{differences[name]}, minus v-rft" for name in there(differences))]
     rows = [head, ["---"] * len(head)]
     for line in lines:
         against = line.get("against_v-rft")
-        rows.append([line["arm"], str(line["seeds"]), *(cell(line[k]) for k in ("start", "sampled", "greedy", "kappa")),
-                     *((cell(against[k], "+") if against else "-") for k in ("sampled", "accuracy_over_steps", "kappa_over_steps"))])
+        rows.append([line["arm"], str(line["seeds"]), *(cell(line[k]) for k in there(titles)), *(cell(against[k], "+") if against else "-" for k in there(differences))])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -151,7 +154,7 @@ def draw(rows: list[dict], path: str) -> None:
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharex=True)
     for colour, arm in enumerate(dict.fromkeys(r["arm"] for r in rows)):
-        for axis, key, smooth in ((axes[0], "accuracy", 5), (axes[1], "dev_kappa", 1)):
+        for axis, key, smooth in ((axes[0], "accuracy", 5), (axes[1], "dev_accuracy" if rows[0]["curves"]["dev_kappa"] == [] else "dev_kappa", 1)):
             curves = [r["curves"][key] for r in rows if r["arm"] == arm and key in r["curves"]]
             if not curves:                                                    # sft has no rollouts
                 continue
@@ -160,7 +163,7 @@ def draw(rows: list[dict], path: str) -> None:
             axis.plot(steps, middle, color=f"C{colour % 10}", linestyle="-" if colour < 10 else "--", label=arm)
             axis.fill_between(steps, [min(at) for at in zip(*values)], [max(at) for at in zip(*values)], color=f"C{colour % 10}", alpha=.08)
             axis.set_xlabel("step")
-            axis.set_title({"accuracy": "sampled accuracy of the rollouts (mean of 5 steps)", "dev_kappa": "quadratic kappa, greedy, dev"}[key])
+            axis.set_title({"accuracy": "sampled accuracy of the rollouts (mean of 5 steps)", "dev_kappa": "quadratic kappa, greedy, dev", "dev_accuracy": "accuracy, greedy, dev"}[key])
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -169,8 +172,9 @@ def draw(rows: list[dict], path: str) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--out", required=True, type=Path, help="folder for the runs; one that holds part of the study is gone on with")
+    p.add_argument("--task", choices=list(STUDY["tasks"]), default="grade")
     p.add_argument("--seeds", type=int, nargs="+", default=STUDY["seeds"])
-    p.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    p.add_argument("--arms", nargs="+", choices=list(ARMS), help="all that the task has a use for, unless said")
     p.add_argument("--arm", nargs=2, action="append", default=[], metavar=("NAME", "FLAGS"), help="one more arm, by the flags in which it differs from plain V-RFT")
     p.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time, a thread each")
     p.add_argument("--json")
@@ -179,17 +183,18 @@ def main() -> None:
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.base:
-        return make_base(args.out / f"base-{args.base[0]}-{args.base[1]}", int(args.base[0]), args.base[1])
-    arms = {name: ARMS[name] for name in args.arms} | {name: [flags] for name, flags in args.arm}
+        return make_base(args.out / f"base-{args.task}-{args.base[0]}-{args.base[1]}", args.task, int(args.base[0]), args.base[1])
+    useful = [name for name in ARMS if args.task == "grade" or "fuzzy" not in name]
+    arms = {name: ARMS[name] for name in args.arms or useful} | {name: [flags] for name, flags in args.arm}
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = [row for of_seed in pool.map(lambda seed: run_seed(args.out, arms, seed), args.seeds) for row in of_seed]
+        rows = [row for of_seed in pool.map(lambda seed: run_seed(args.out, args.task, arms, seed), args.seeds) for row in of_seed]
     lines = summarise(rows)
     print(table(lines))
     if args.png:
         draw(rows, args.png)
     if args.json:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        facts = {"study": STUDY, "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit, "summary": lines, "rows": rows}
+        facts = {"task": args.task, "study": STUDY, "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit, "summary": lines, "rows": rows}
         Path(args.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
