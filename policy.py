@@ -328,6 +328,15 @@ class Policy:
             kwargs["image_processor"].size["longest_edge"] = max_pixels
         return cls(model.to(device), tokenizer, **kwargs)
 
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W + (alpha / rank) B A in place of each adapted layer, rounded once to W's type; the adapters are gone after it."""
+        for parent in [m for m in self.model.modules() if any(isinstance(child, LoRALinear) for child in m.children())]:
+            for name, layer in [(name, child) for name, child in parent.named_children() if isinstance(child, LoRALinear)]:
+                weight = layer.base.weight
+                weight.copy_(weight.float() + layer.scale * (layer.B["policy"] @ layer.A["policy"]))
+                setattr(parent, name, layer.base)
+
     def save_folder(self, path) -> None:
         """A plain Hugging Face folder. Only for a policy without adapters."""
         for part in filter(None, (self.model, self.tokenizer, self.image_processor)):

@@ -9,9 +9,11 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,9 +25,17 @@ MADE_HERE = ("", "tiny-vl")             # values of --model for which the model 
 
 
 # ------------------------------------------------------------------------------------------------- reading
+def run_of(path: str) -> tuple[Path, Path | None]:
+    """A run folder, or one of its checkpoints such as RUN/checkpoints/best -> the run, and the checkpoint meant: the newest whole one unless named."""
+    path = Path(path)
+    if path.parent.name == "checkpoints" and (path / "state.json").is_file():
+        return path.parent.parent, path
+    return path, newest_checkpoint(path)
+
+
 def read_run(path: str) -> dict:
     """The config of a run folder, {} where `path` is none (a model folder or a hub name)."""
-    file = Path(path) / "run.json"
+    file = run_of(path)[0] / "run.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))["config"] if file.is_file() else {}
     except (ValueError, KeyError, TypeError) as error:
@@ -68,14 +78,14 @@ def open_policy(path: str, device: str, **kwargs) -> tuple[Policy, dict]:
     config = read_run(path)
     if not config:
         return Policy.load(path, device, torch.bfloat16 if device.startswith("cuda") else torch.float32, lora=0, **kwargs), {}
-    checkpoint = newest_checkpoint(Path(path))
+    run, checkpoint = run_of(path)
     if checkpoint is None:
         raise UsageError(f"{path} is a run without a finished checkpoint: resume it with train.py --resume {path}")
     try:
         settings = policy_settings(config)
     except KeyError as error:
         raise UsageError(f"{path}: its run.json has no {error}: that run was written by another version of this code") from None
-    policy = Policy.load(base_model(path, config), device, **(settings | kwargs))
+    policy = Policy.load(base_model(run, config), device, **(settings | kwargs))
     tensors = load_file(checkpoint / "policy.safetensors")
     policy.load_trainable({name: tensors[name] for name in policy.trainable() if name in tensors})            # without the critic
     return policy, config
@@ -87,7 +97,7 @@ def initial_weights(config, run: Path) -> dict[str, Tensor] | None:
         return None
     if (run / "init.safetensors").exists():
         return load_file(run / "init.safetensors")
-    saved, checkpoint = read_run(config.init), newest_checkpoint(Path(config.init))
+    saved, (_, checkpoint) = read_run(config.init), run_of(config.init)
     if not saved or checkpoint is None:
         raise UsageError(f"--init {config.init}: no run with a finished checkpoint is there")
     for name in ("model", "full", "lora", "lora_alpha", "lora_targets", "train_vision"):
@@ -103,42 +113,64 @@ def tensors_of(policy: Policy, optimizer) -> tuple[dict, dict]:
     return {name: p.detach().cpu().contiguous() for name, p in policy.trainable().items()}, moments
 
 
-def save_checkpoint(run: Path, policy: Policy, optimizer, step: int, keep: int) -> None:
-    """run/checkpoints/000020: policy.safetensors, optimizer.safetensors, state.json with their checksums. Written beside, flushed, then renamed."""
-    final = run / "checkpoints" / f"{step:06d}"
-    temporary = final.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+@contextmanager
+def writing(run: Path, what: str, size: int = 0):
+    """A full disk, or a folder that is gone or read-only, ends the run in one line. What was written before stays whole."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(run / "checkpoints" / ".tmp", ignore_errors=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        there = f"it takes {size / 1e6:,.1f} MB, and {shutil.disk_usage(run).free / 1e6:,.1f} MB are free" if run.is_dir() else "the folder is gone"
+        raise UsageError(f"{run}: {what} could not be written ({reason}); {there}. What was written before is whole: make room, then train.py --resume {run}") from None
+
+
+def save_checkpoint(run: Path, policy: Policy, optimizer, step: int, keep: int, state: dict, best: bool = False) -> None:
+    """run/checkpoints/000020, or best: policy.safetensors, optimizer.safetensors, state.json with their checksums. Written beside, flushed to disk, then renamed."""
     weights, moments = tensors_of(policy, optimizer)
-    save_file(weights, temporary / "policy.safetensors")
-    save_file(moments, temporary / "optimizer.safetensors")
-    sums = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
-    (temporary / "state.json").write_text(json.dumps({"step": step, "sha256": sums}), encoding="utf-8")
-    for path in temporary.iterdir():
-        with path.open("rb+") as f:
-            os.fsync(f.fileno())
-    shutil.rmtree(final, ignore_errors=True)                                                  # left by a resumed run from before
-    temporary.rename(final)
+    final, temporary = run / "checkpoints" / ("best" if best else f"{step:06d}"), run / "checkpoints" / ".tmp"
+    with writing(run, f"the checkpoint of step {step}", sum(t.nbytes for t in (*weights.values(), *moments.values()))):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(weights, temporary / "policy.safetensors")
+        save_file(moments, temporary / "optimizer.safetensors")
+        sums = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state, "sha256": sums}), encoding="utf-8")
+        for path in temporary.iterdir():
+            with path.open("rb+") as f:
+                os.fsync(f.fileno())
+        shutil.rmtree(final, ignore_errors=True)                                              # left by a resumed run from before
+        temporary.rename(final)
+        flush_folder(final.parent)
     for old in sorted((run / "checkpoints").glob("[0-9]*[0-9]"))[:-keep]:
         shutil.rmtree(old)
 
 
-def restore(run: Path, policy: Policy, optimizer) -> int:
-    """Load the newest whole checkpoint into policy and optimiser; returns its step, 0 where there is none. Seeds are functions of the step: nothing else is needed."""
+def flush_folder(path: Path) -> None:
+    """The names in a folder to disk too, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(path, os.O_DIRECTORY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def restore(run: Path, policy: Policy, optimizer) -> tuple[int, dict]:
+    """Load the newest whole checkpoint into policy and optimiser; its step (0 where there is none) and state. Seeds are functions of the step: nothing else is needed."""
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
-        return 0
+        return 0, {}
     policy.load_trainable(load_file(checkpoint / "policy.safetensors"))
     moments = load_file(checkpoint / "optimizer.safetensors")
     state: dict[int, dict] = {}
     for i, name in enumerate([*policy.trainable("policy"), *policy.trainable("critic")]):      # the order of the optimiser's groups
         state[i] = {key.rsplit("|", 1)[1]: value for key, value in moments.items() if key.rsplit("|", 1)[0] == name}
     optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": optimizer.state_dict()["param_groups"]})
-    step = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
+    saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    step = saved["step"]
     for later in (run / "checkpoints").glob("[0-9]*[0-9]"):                                   # damaged ones: they must not count among those to keep
         if int(later.name) > step:
             shutil.rmtree(later)
-    return step
+    return step, saved
 
 
 # ------------------------------------------------------------------------------------------------- logs
@@ -146,7 +178,7 @@ class Log:
     """metrics.jsonl and rollouts.jsonl, functions of the run alone, and timing.jsonl, which is not. After a resume no step stands twice."""
 
     def __init__(self, run: Path, step: int):
-        self.files = {}
+        self.run, self.files = run, {}
         for name in ("metrics", "rollouts", "timing"):
             path = run / f"{name}.jsonl"
             lines = path.open(encoding="utf-8").readlines() if path.exists() else []          # not splitlines: a text may hold U+2028
@@ -162,8 +194,9 @@ class Log:
                     "reward": r.reward, "parts": r.parts, "advantage": r.advantage, "correct": r.correct, "finished": r.finished,
                     "tokens": len(r.completion_ids)} for r in rollouts]
         for name, rows in (("rollouts", samples), ("timing", [{"step": step} | timing]), ("metrics", [metrics])):
-            self.files[name].write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            self.files[name].flush()
+            with writing(self.run, f"{name}.jsonl of step {step}"):
+                self.files[name].write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                self.files[name].flush()
 
     def close(self) -> None:
         for file in self.files.values():
@@ -172,5 +205,6 @@ class Log:
 
 def write_json(path: Path, content: dict) -> None:
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    with writing(path.parent, path.name):
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)

@@ -9,10 +9,15 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import shutil
+import signal
 import statistics
 import sys
+import tempfile
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -28,10 +33,12 @@ import eval as evaluation
 import grpo
 import images
 import policy as policies
+import preflight
 import rewards
 import runs
 from data import UsageError
 from policy import Policy, Rollout, collate
+from preflight import say
 
 
 def setting(default, help: str, choices=None):
@@ -97,7 +104,7 @@ class Config:
     updates: int = setting(1, "passes over a rollout")
     minibatches: int = setting(1, "optimiser steps a pass, at most one a prompt")
     sample_rows: int = setting(256, "completions sampled at once, for memory only: their random numbers stay the same")
-    micro_batch: int = setting(0, "prompts a forward pass, for memory only: the gradient stays the same; 0 = all")
+    micro_batch: int = setting(0, "prompts a forward pass, for memory only: the gradient stays the same up to rounding; 0 = as many as fit")
     checkpointing: bool = setting(True, "recompute activations in the backward pass")
     # the reward
     reward: str = setting("med-rlvr", "malformed -1, wrong 0, right +1; or accuracy + format; or that with credit for a grade nearly right", ("med-rlvr", "acc-format", "fuzzy"))
@@ -134,11 +141,11 @@ class Config:
 # Flags beat a data set's defaults, and both beat the algorithm's row. Learning rates are for adapters unless said otherwise.
 DEFAULTS = {
     "demo": dict(full=True, steps=100, prompts=16, samples=8, max_new=12, lr=1e-3, warmup=10, checkpointing=False, kl_coef=0.0, eval_samples=4),
-    "medqa": dict(model="Qwen/Qwen2.5-3B", template="plain", steps=300, lr=1e-5, max_new=512, micro_batch=2),      # base model, as in the paper; the rest is our choice
+    "medqa": dict(model="Qwen/Qwen2.5-3B", template="plain", steps=300, lr=1e-5, max_new=512),      # base model, as in the paper; the rest is our choice
 }
 DEFAULTS["medqa-4"] = DEFAULTS["medqa"]
 DEFAULTS["demo-images"] = DEFAULTS["demo"] | dict(steps=75, prompts=12, max_new=32, eval_every=25, lr=5e-4)
-IMAGES = dict(model="Qwen/Qwen2.5-VL-3B-Instruct", steps=200, lr=1e-5, max_new=256, max_prompt=2048, micro_batch=2)        # bccd and MedMNIST; 200 steps as in Visual-RFT
+IMAGES = dict(model="Qwen/Qwen2.5-VL-3B-Instruct", steps=200, lr=1e-5, max_new=256, max_prompt=2048)        # bccd and MedMNIST; 200 steps as in Visual-RFT
 DEFAULTS |= {name: IMAGES for name in ("bccd", *images.NAMES)}
 DEMO_ALGOS = {         # what the demo needs beside them; settings that worked in trials
     "ppo": dict(full=False, lora=16, critic="lora", critic_warmup=16, lr=1e-3, value_lr=3e-3),
@@ -166,7 +173,7 @@ RECIPES = {
                      max_grad_norm=1.0, weight_decay=0.0, beta2=0.95,                                                 # OpenRLHF
                      lr=1e-5, value_lr=9e-5,            # our choice: 10 times OpenRLHF's 1e-6 and 9e-6, which are for all weights; these are for adapters
                      critic="lora", critic_warmup=2,    # our choice: OpenRLHF has a separate full critic (see the README on memory)
-                     template="plain", warmup=5, steps=100, micro_batch=4),                                           # our choice
+                     template="plain", warmup=5, steps=100),                                           # our choice
     # VRFT-Aug (arXiv 2602.10619) trains Qwen2.5-VL-3B by GRPO; nothing else about its numbers is public. Those of Visual-RFT, VLM-R1 and MedLoc-R1 fill the
     # gaps. The data set is our choice, and so are learning rate, steps and lengths, which stand in the data set's defaults. v-rft is the paper's baseline.
     "v-rft": dict(dataset="retinamnist", algo="grpo", reward="acc-format", w_format=1.0, samples=8, kl_coef=0.04, clip_low=0.2, clip_high=0.2, temperature=1.0),
@@ -176,11 +183,16 @@ RECIPES = {
 RECIPES["vrft-aug"] = RECIPES["v-rft"] | dict(knowledge="class", reward="fuzzy", fuzzy="tenth", recite=-0.5)
 
 
+NON_FINITE = 5                                          # steps in a row without a finite update after which a run is stopped
+SIZES = ("micro_batch", "sample_rows")                  # chosen by preflight.py, for memory only
+
+
 # --------------------------------------------------------------------------------------------- the loop
-def train(config: Config, run: Path, policy: Policy, splits: dict) -> None:
-    """From the newest checkpoint to config.steps. All randomness is a function of (seed, step), so a resumed run does what the first would have done."""
+def train(config: Config, run: Path, policy: Policy, splits: dict, stopping: list[int] | tuple = ()) -> None:
+    """From the newest checkpoint to config.steps, or until a signal's number stands in `stopping`. All randomness is a function of (seed, step), so a resumed run does what the first would have done."""
     optimizer = make_optimizer(policy, config)
-    first = runs.restore(run, policy, optimizer)
+    first, state = runs.restore(run, policy, optimizer)
+    config = replace(config, **{name: state.get(name, getattr(config, name)) for name in SIZES})                         # those that fitted then
     log = runs.Log(run, first)
     history = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
     begin = config.tau
@@ -203,15 +215,45 @@ def train(config: Config, run: Path, policy: Policy, splits: dict) -> None:
             dev, _ = evaluation.evaluate(policy, splits["dev"], config, samples=0, label="dev ")
             metrics |= {f"dev_{name}": dev[name] for name in ("accuracy", "ci95", "kappa", "mean_iou") if name in dev}
         history.append(metrics)
+        for message in troubles(history):
+            say(f"step {step + 1}: {message}")
         if found := alarms(history):
             metrics["alarms"] = found
             say(f"step {step + 1}: ALARM: {'; '.join(found)}")
         log.write(metrics, rollouts[:config.log_groups * config.samples],
-                  {"sample_s": sampled - start, "step_s": time.perf_counter() - start, "tokens": sum(len(r.completion_ids) for r in rollouts)})
-        if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
-            runs.save_checkpoint(run, policy, optimizer, step + 1, config.keep)
+                  {"sample_s": sampled - start, "step_s": time.perf_counter() - start, "tokens": sum(len(r.completion_ids) for r in rollouts), "micro_batch": config.micro_batch})
+        save = lambda **kwargs: runs.save_checkpoint(run, policy, optimizer, step + 1, config.keep, {name: getattr(config, name) for name in SIZES}, **kwargs)
+        if "dev_accuracy" in metrics and metrics["dev_accuracy"] > max((m["dev_accuracy"] for m in history[:-1] if "dev_accuracy" in m), default=-1):
+            save(best=True)                                                                   # first: once the next one is there, this step is not done again
+        hopeless = len(history) >= NON_FINITE and all(m.get("skipped") == 1 for m in history[-NON_FINITE:])
+        if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0) or stopping or hopeless:
+            save()
+        if hopeless:
+            raise UsageError(f"{NON_FINITE} steps in a row had no finite loss and gradient; the checkpoint of step {step + 1} is kept. A smaller --lr or --max-grad-norm would help, in a new run from --init {run}")
+        if stopping and step + 1 < config.steps:
+            log.close()
+            say(f"stopped after step {step + 1}; go on with: python train.py --resume {run}")
+            raise SystemExit(128 + stopping[0])
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "accuracy", "length") if name in metrics})
     log.close()
+
+
+@contextmanager
+def stop_signals():
+    """Within it SIGINT and SIGTERM let the step finish: their number appears in the list. A second one ends the process at once."""
+    seen: list[int] = []
+    def handler(number, frame):
+        if seen:
+            os._exit(128 + number)
+        seen.append(number)
+        say("stopping when this step is done and written; once more stops at once")
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()      # Python's rule
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield seen
+    finally:
+        for number, old in zip(numbers, before):
+            signal.signal(number, old)
 
 
 def collect(policy: Policy, items: list, config: Config, step: int) -> tuple[list[Rollout], dict]:
@@ -224,9 +266,12 @@ def collect(policy: Policy, items: list, config: Config, step: int) -> tuple[lis
             break
         batch = data.batch_for_step(items, step, missing, (config.seed, k) if k else config.seed)
         rollouts = []
-        for first in range(0, missing, at_once := max(1, config.sample_rows // config.samples)):
-            rollouts += policy.sample(batch[first:first + at_once], config.samples, config.max_new, config.temperature, fold(config.seed, step, k),
-                                      first_row=first * config.samples, style=config.style)
+        while (first := len(rollouts) // config.samples) < missing:
+            part = batch[first:first + max(1, config.sample_rows // config.samples)]
+            try:
+                rollouts += policy.sample(part, config.samples, config.max_new, config.temperature, fold(config.seed, step, k), first_row=len(rollouts), style=config.style)
+            except torch.OutOfMemoryError:
+                config.sample_rows = preflight.smaller(config, "sample_rows", f"step {step + 1}")
         for first in range(0, len(rollouts), config.samples):
             group = [evaluation.graded(rollout, config) for rollout in rollouts[first:first + config.samples]]
             if config.dynamic and len({rollout.correct for rollout in group}) == 1:
@@ -285,37 +330,57 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], config: Config, s
     fixed = Fixed(advantages=spread([r.advantage for r in rollouts for _ in r.completion_ids]), sampled=spread([x for r in rollouts for x in r.sample_logps]))
     gae = config.advantage == "gae"
     if gae or config.updates * config.minibatches > 1:
-        fixed.old, fixed.values = scored(policy, batch, config)
+        fixed.old, fixed.values = halving(lambda: scored(policy, batch, config), config, f"step {step + 1}")
     if config.kl_coef and config.algo != "sft":
         with policy.reference():
-            fixed.ref, _ = scored(policy, batch, config, values_too=False)
+            fixed.ref, _ = halving(lambda: scored(policy, batch, config, values_too=False), config, f"step {step + 1}")
     first = gae_advantages(fixed, batch, [r.reward for r in rollouts], config) if gae else {}
     history = []
     for epoch in range(config.updates):
         order = torch.randperm(P, generator=torch.Generator().manual_seed(fold(config.seed, step, "order", epoch)))
         for mini in order.tensor_split(min(config.minibatches, P)):
             weights = grpo.token_weights(batch.mask[mini].sum(2).flatten(), config.weights, config.max_new).view(-1, G)
-            stats: dict[str, float] = {}
-            for part in torch.arange(len(mini)).split(config.micro_batch or len(mini)):
-                some = batch.prompts(mini[part])
-                loss, terms = loss_of(policy, some, fixed.rows(mini[part], some.mask.shape[2]), weights[part].flatten(), config, step)
-                loss.backward()
-                for name, value in terms.items():
-                    stats[name] = max(stats.get(name, 0.0), float(value)) if name.startswith("max_") else stats.get(name, 0.0) + float(value)
+            stats = halving(lambda: accumulate(policy, batch, fixed, mini, weights, config, step), config, f"step {step + 1}")
             lengths = batch.mask[mini].sum(2)
             counted = float((weights * lengths).sum())                                        # 1, but for the weights "constant"
             stats = {name: value if name.startswith(("max_", "loss")) else value / counted for name, value in stats.items()}
             for part in ("policy", "critic") if gae else ("policy",):                         # each by itself: a large error of the critic must not shrink the policy's step
                 stats[f"{part}_grad_norm"] = float(torch.nn.utils.clip_grad_norm_(list(policy.trainable(part).values()), config.max_grad_norm))
-            if all(math.isfinite(value) for value in stats.values()):
+            stats["skipped"] = float(not all(math.isfinite(value) for value in stats.values()))
+            if not stats["skipped"]:
                 optimizer.step()
             else:
-                say(f"step {step + 1}: loss {stats['loss']}, gradient norm {stats['policy_grad_norm']}: this update is skipped and the weights stay")
+                bad = [row for row, logps in enumerate(scored(policy, batch, config, values_too=False)[0].flatten(0, 1)) if not logps.isfinite().all()]
+                say(f"step {step + 1}: loss {stats['loss']}, gradient norm {stats['policy_grad_norm']}: this update is skipped and the weights stay. "
+                    + (f"Rows without finite log-probs: {bad[:8]}, of items {sorted({rollouts[row].item.id for row in bad[:8]})}" if bad else "The log-probs of every row are finite"))
             optimizer.zero_grad(set_to_none=True)
             history.append(stats)
     merge = lambda name, values: max(values) if name.startswith("max_") else sum(values) / len(values)
     metrics = {name: merge(name, [stats[name] for stats in history]) for name in history[0]}
     return metrics | first | {"max_sampler_gap": history[0]["max_sampler_gap"]}               # before any weight moved: how far sampler and scorer differ
+
+
+def halving(work, config: Config, where: str):
+    """work(), and again with half the micro-batch whenever memory runs out. The new size stays in force and is written to the checkpoint."""
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            config.micro_batch = preflight.smaller(config, "micro_batch", where)
+
+
+def accumulate(policy: Policy, batch: policies.Batch, fixed: Fixed, mini: Tensor, weights: Tensor, config: Config, step: int) -> dict[str, float]:
+    """The gradient of one optimiser step, a micro-batch at a time, and the sums and maxima to log. mini: its prompts; weights [len(mini), G]"""
+    stats: dict[str, float] = {}
+    for p in policy.trainable().values():
+        p.grad = None                                                                         # what a first try that ran out of memory left
+    for part in torch.arange(len(mini)).split(config.micro_batch or len(mini)):
+        some = batch.prompts(mini[part])
+        loss, terms = loss_of(policy, some, fixed.rows(mini[part], some.mask.shape[2]), weights[part].flatten(), config, step)
+        loss.backward()
+        for name, value in terms.items():
+            stats[name] = max(stats.get(name, 0.0), float(value)) if name.startswith("max_") else stats.get(name, 0.0) + float(value)
+    return stats
 
 
 def gae_advantages(fixed: Fixed, batch: policies.Batch, rewards: list[float], config: Config) -> dict:
@@ -403,6 +468,20 @@ def tightened(history: list[dict], tau: float, config: Config) -> float:
     return tau
 
 
+def troubles(history: list[dict], window: int = 5) -> list[str]:
+    """Why nothing may be learned, looked at every `window` steps, and what to do."""
+    last = [m for m in history[-window:] if "reward" in m]
+    if len(history) % window or len(last) < window:
+        return []
+    found, words = [], f"in the last {window} steps"
+    if all(m["groups_equal"] == 1 for m in last):
+        always = f", always {last[0]['reward']:.2f}" if len({m["reward"] for m in last}) == 1 else ""
+        found.append(f"every group {words} had equal rewards{always}: nothing is learned from them. Look at rollouts.jsonl; --algo sft first and --init, other items, or a higher --temperature would help")
+    if all(m["part_truncated"] == 1 for m in last):
+        found.append(f"every completion {words} was cut at --max-new: raise it, or see in rollouts.jsonl why none ends")
+    return found
+
+
 def alarms(history: list[dict], window: int = 5, back: int = 10) -> list[str]:
     """Signs of reward hacking: the reward has risen over the last `back` steps (means of `window`), while what it should stand for has fallen."""
     mean = lambda name, steps: sum(m[name] for m in steps) / len(steps)
@@ -437,10 +516,6 @@ def fold(*parts) -> int:
     return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
 
 
-def say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
-
-
 # --------------------------------------------------------------------------------------------- setting up
 def load_splits(config: Config) -> dict[str, list]:
     """train, dev and test, no item in two of them; what was dropped is said."""
@@ -463,7 +538,7 @@ def load_splits(config: Config) -> dict[str, list]:
     return splits
 
 
-def first_policy(config: Config, run: Path, splits: dict, results: dict) -> None:
+def first_policy(config: Config, run: Path, splits: dict, results: dict, dry_run: bool = False) -> None:
     """The demo's model: random, taught and spoilt (see `demo.warm_start`), then saved as a model folder in the run."""
     seed = fold(config.seed, "model")
     if splits["train"][0].image is not None or config.model == "tiny-vl":
@@ -471,70 +546,12 @@ def first_policy(config: Config, run: Path, splits: dict, results: dict) -> None
         policy = demo.tiny_vl_policy(seed, texts, train_vision=True)
     else:
         policy = demo.demo_policy(seed)
-    if config.model == "tiny-vl":
+    if config.model == "tiny-vl" or dry_run:
         return policy.save_folder(run / "model")
     for name in demo.warm_start(policy, splits["train"], config):
         if name == "clean":
             results["clean"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, label="clean warm start ")
     policy.save_folder(run / "model")
-
-
-def check_hub(config: Config) -> None:
-    """Before anything large is fetched: is everything here or within reach, and can this machine hold it? Says what will be downloaded and written."""
-    missing = []
-    if not Path(config.model).is_dir() and data.is_path(config.model):
-        raise UsageError(f"--model {config.model}: there is no such folder")
-    if not Path(config.model).is_dir() and not data.cached(config.model, "config.json", "model"):
-        missing.append((config.model, "--model DIR with a model folder"))
-    if config.dataset in ("medqa", "medqa-4") and not config.data_dir and not data.cached("bigbio/med_qa", "data_clean.zip", "dataset"):
-        missing.append(("MedQA (132 MB)", "--data-dir DIR with the unpacked data_clean.zip of bigbio/med_qa"))
-    if missing and not data.online():
-        raise UsageError(f"not on this machine, and the hub cannot be reached: {' and '.join(what for what, _ in missing)}. "
-                         f"Connect to the network, or give {' and '.join(way for _, way in missing)}")
-    total, trained = policies.model_size(config.model, 0 if config.full else config.lora)
-    on_cpu = policies.pick_device(config.device) == "cpu"
-    if on_cpu and config.device != "cpu" and total > 1e9:
-        raise UsageError(f"{config.model} has {total / 1e9:.1f} billion weights and there is no GPU: a step would take hours. "
-                         "Give --device cpu if that is meant, or --model DIR with a smaller model")
-    parts = memory(config, policies.model_shape(config.model), total, trained)
-    say("memory, estimated: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items()) + f"; in all {sum(parts.values()) / 1e9:.1f} GB")
-    seconds = forecast(config, total, "cpu" if on_cpu else "cuda")
-    say(f"{config.model}: {total / 1e6:,.0f} million weights, {trained / 1e6:,.1f} million trained. "
-        f"To download: {', '.join(what for what, _ in missing) or 'nothing'}{f' (model about {2 * total / 1e9:.1f} GB)' if any(config.model == w for w, _ in missing) else ''}. "
-        f"A checkpoint takes {12 * trained / 1e9:.2f} GB, {config.keep} are kept. Estimated {config.steps * seconds / 3600:.1f} h for {config.steps} steps, evaluation not counted")
-
-
-def memory(config: Config, shape, total: int, trained: int, prompt: int = 350) -> dict[str, int]:
-    """Bytes by kind at the largest moment, by arithmetic: a bf16 base (--full: fp32 weights and their bf16 copy), gradient and Adam's two moments in fp32."""
-    layers, hidden, rows = shape.num_hidden_layers, shape.hidden_size, min(config.sample_rows, config.prompts * config.samples)
-    head = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
-    tokens = (config.micro_batch or config.prompts) * (prompt + config.samples * config.max_new)                  # of one forward pass
-    cache = layers * 2 * shape.num_key_value_heads * head * 2 * (rows * config.max_new + rows // config.samples * prompt)
-    inside = tokens * (8 * hidden + 6 * shape.intermediate_size) * 2                                               # one layer, recomputed
-    reference = 2 * total if config.full and config.kl_coef else 0                                                 # adapters off costs nothing, a copy does
-    return {"weights": (4 + 2) * total + reference if config.full else 2 * total, "trained": (12 if config.full else 16) * trained,
-            "sampling": cache, "activations": tokens * hidden * 2 * (layers if config.checkpointing else 12 * layers) + inside,
-            "head": 512 * shape.vocab_size * 4 * 4 + tokens * hidden * 4}
-
-
-def forecast(config: Config, total: int, device: str, prompt: int = 350) -> float:
-    """Seconds a step, roughly: matrix products at 40% of the rate measured now, decoding at 50% of the copy bandwidth, completions at their limit."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    side = 4096 if device == "cuda" else 1024
-    x, y = torch.ones(side, side, dtype=dtype, device=device), torch.ones(2**26 if device == "cuda" else 2**24, dtype=dtype, device=device)
-    def seconds(work) -> float:
-        work()
-        start = time.perf_counter()
-        for _ in range(3):
-            out = work()
-        float(out.flatten()[0])                                                               # waits for the GPU
-        return (time.perf_counter() - start) / 3
-    flops, bandwidth = 2 * side**3 / seconds(lambda: x @ x), 2 * y.nbytes / seconds(lambda: y.clone())
-    tokens = config.prompts * (prompt + config.samples * config.max_new)
-    passes = 4 * config.updates + (config.updates * config.minibatches > 1) + bool(config.kl_coef)      # forward, forward again, backward twice; old; reference
-    update = passes * 2 * total * tokens / (.4 * flops)
-    decode = config.max_new * max(total * dtype.itemsize / (.5 * bandwidth), 2 * total * config.prompts * config.samples / (.4 * flops))
-    return update + decode
 
 
 def validate(config: Config) -> None:
@@ -580,6 +597,8 @@ def read_flags(argv: list[str] | None) -> tuple[dict, Path | None]:
     """The flags that were given, by field name, and the folder of --resume."""
     p = evaluation.Parser(prog="train.py", description="Reinforcement fine-tuning with verifiable rewards. Without flags: the demo.", allow_abbrev=False)
     p.add_argument("--recipe", choices=tuple(RECIPES), default=argparse.SUPPRESS, help="a published setting; flags beat it")
+    p.add_argument("--export", metavar="DIR", default=argparse.SUPPRESS, help="at the end, write the trained model as a plain Hugging Face folder; with --resume also of a run that is done")
+    p.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS, help="only check everything, print the memory table and run the longest batch; nothing is written")
     p.add_argument("--resume", metavar="RUN", help="go on with a run where its newest checkpoint stands; of the flags only --steps and --device may change")
     for f in fields(Config):
         options = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {"type": type(f.default), "choices": f.metadata["choices"]}
@@ -633,6 +652,29 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     policies.quiet()
     given, resume = read_flags(argv)
+    export = given.pop("export", "")
+    if export and Path(export).exists():
+        raise UsageError(f"--export {export} exists: name a new folder")
+    if given.pop("dry_run", False):
+        with tempfile.TemporaryDirectory() as folder:
+            return main_run(given | {"out": f"{folder}/run"}, None, began, dry_run=True)
+    main_run(given, resume, began, export)
+
+
+def export_folder(policy: Policy, run: Path, folder: Path, config: Config, results: dict) -> None:
+    """The trained policy as a plain Hugging Face folder: adapters merged, tokenizer, generation config, and a README with the run's facts."""
+    beside = folder.with_name(f"{folder.name}.tmp")
+    policy.merge()
+    with runs.writing(folder.parent, f"the export {folder}"):
+        policy.save_folder(beside)
+        facts = "\n".join(f"- {name}: {value}" for name, value in asdict(config).items() if value not in ("", 0, False))
+        (beside / "README.md").write_text(f"# {config.model or config.dataset}, trained by {config.algo} on {config.dataset}\n\nOn the test split before: {evaluation.as_line(results['before'])}.\n"
+                                          f"After: {evaluation.as_line(results['after'])}.\n\nResearch only, no medical device. Settings of the run {run.name}:\n\n{facts}\n", encoding="utf-8")
+        beside.rename(folder)
+    print(f"exported to {folder}")
+
+
+def main_run(given: dict, resume: Path | None, began: float, export: str = "", dry_run: bool = False) -> None:
     config = resumed_config(resume, given) if resume else make_config(given)
     validate(config)
     run = Path(config.out or next_free(config))
@@ -641,14 +683,18 @@ def main(argv: list[str] | None = None) -> None:
     config.out = str(run)
     policies.pick_device(config.device)                                                       # a GPU that is not there is said before anything is loaded
     if config.model not in runs.MADE_HERE:
-        check_hub(config)
+        preflight.check_hub(config)
     splits = load_splits(config)
     facts = {"config": asdict(config), "data": {name: data.set_fingerprint(items) for name, items in splits.items()},
-             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+             "machine": {"threads": torch.get_num_threads(), "device": policies.pick_device(config.device)}}
     if resume:
         saved = json.loads((run / "run.json").read_text(encoding="utf-8"))
         if saved["data"] != facts["data"]:
             raise UsageError(f"--resume {run}: the data set is not the one that this run began with")
+        if changed := [name for name in ("versions", "machine") if saved.get(name) != facts[name]]:
+            say(f"this run began with {', '.join(str(saved.get(name)) for name in changed)}, and here it is {', '.join(str(facts[name]) for name in changed)}: "
+                "it goes on, equal up to rounding and no longer bit for bit")
     results = json.loads((run / "eval.json").read_text(encoding="utf-8")) if resume and (run / "eval.json").exists() else {}
     init = runs.initial_weights(config, run)
     if config.model in runs.MADE_HERE and not (run / "model" / "config.json").exists():
@@ -657,12 +703,19 @@ def main(argv: list[str] | None = None) -> None:
         if config.init:
             shutil.copytree(Path(config.init) / "model", run / "model")
         else:
-            first_policy(config, run, splits, results)
+            first_policy(config, run, splits, results, dry_run)
             runs.write_json(run / "eval.json", results)
     policy = Policy.load(runs.base_model(run, asdict(config)), policies.pick_device(config.device), checkpointing=config.checkpointing,
                          keep_reference=config.kl_coef > 0 and config.algo != "sft", critic=config.critic if config.advantage == "gae" else "",
                          init=init, **runs.policy_settings(asdict(config)))
     splits = {name: evaluation.fitting(policy, items, config, f"{name}: ") for name, items in splits.items()}
+    if sizes := resume and saved.get("sizes"):
+        config, policy.head_chunk = replace(config, **{name: sizes[name] for name in SIZES}), sizes["head_chunk"]
+    else:
+        config = preflight.preflight(policy, splits["train"], config)
+    facts["sizes"] = {name: getattr(config, name) for name in SIZES} | {"head_chunk": policy.head_chunk}
+    if dry_run:
+        return print(f"dry run: {len(splits['train'])} items to train on; nothing was written")
     run.mkdir(parents=True, exist_ok=True)
     runs.write_json(run / "run.json", facts)
     if init is not None:
@@ -672,13 +725,16 @@ def main(argv: list[str] | None = None) -> None:
         results["before"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, seed=config.seed, label="before ")
         runs.write_json(run / "eval.json", results)
         say(f"before: {evaluation.as_line(results['before'])}")
-    train(config, run, policy, splits)
+    with stop_signals() as stopping:
+        train(config, run, policy, splits, stopping)
     results["after"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, seed=config.seed, label="after ")
     runs.write_json(run / "eval.json", results)
     say(f"after: {evaluation.as_line(results['after'])}")
     before, after = results["before"], results["after"]
     shown = lambda r: f"{r['accuracy']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}]" + (f" (sampled {r['sampled_accuracy']:.3f})" if "sampled_accuracy" in r else "")
     print(f"{run}: accuracy {shown(before)} -> {shown(after)}, n {after['n']}, {time.perf_counter() - began:.0f} s")
+    if export:
+        export_folder(policy, run, Path(export), config, results)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def run_arm(out: Path, task: str, name: str, phases: list[str], seed: int) -> di
     for number, phase in enumerate(phases):
         run = out / f"{task}-{name.replace(' ', '_').replace(',', '')}-{seed}-{number}"
         filled = phase.format(prompts=STUDY["prompts"], twice=2 * STUDY["steps"])
-        flags = [*shlex.split(f"--dataset demo-images --task {task} --steps {STUDY['steps']} {STUDY['flags']} {filled}"), "--seed", str(seed), "--model", str(base)]
+        flags = [*shlex.split(f"--dataset demo-images --task {task} --steps {STUDY['steps']} {STUDY['flags']} {STUDY['tasks'][task].get('flags', '')} {filled}"), "--seed", str(seed), "--model", str(base)]
         run_phase(run, flags + (["--init", str(before)] if before else []))
         before = run
     found = json.loads((run / "eval.json").read_text(encoding="utf-8"))

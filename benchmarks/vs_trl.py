@@ -8,8 +8,6 @@ TRL runs twice: as installed, whose head scores prompt positions too where there
 """
 import argparse
 import datetime
-import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -21,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from importlib import metadata, util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,12 +43,12 @@ SETTINGS = {
             "one update a rollout and so old log-probs on neither side, each sequence weighs the same, all rows in one batch, temperature 1, no top-k or top-p",
     "grading": "rewards.grade, plus (index in the group) / G: SmolLM2 earns -1 everywhere, and a step whose gradient is 0 would be no example",
     "EOS": "stops no row: it is taken off both sides' lists (min_new_tokens would cost TRL a pass over the logits a token)",
-    "ours": "AdamW as torch has it on a CPU",
-    "TRL": "generate without vLLM, loss_type grpo, num_iterations 1, steps_per_generation 1, use_bias_correction_kl off, sdpa; else its defaults: a chunked head, fused AdamW",
+    "TRL": "generate without vLLM, loss_type grpo, num_iterations 1, steps_per_generation 1, use_bias_correction_kl off, sdpa; else its defaults, "
+           "such as a chunked head and fused AdamW (ours is as torch has it on a CPU)",
     "timed": "the second step, from its first prompt to its zeroed gradients, without loading; peak memory is ru_maxrss of the process, loading included",
-    "parts": "sampling: HF generate on G copies of each prompt; scoring: log-probs and backward, the plain side a group of G rows at a time with full logits",
-    "head": "our chunked head against full logits and log_softmax, forward and backward, hidden size 576; peak above that of a pass on 16 tokens; ours also gives the entropy",
-    "sweep": "a random Qwen2 (hidden 256, 4 layers), 2 prompts; one number varies, the others stay at BASE",
+    "parts": "sampling against HF generate on G copies of each prompt; log-probs and backward against G copies, a group at a time, full logits, no entropy",
+    "head": "our chunked head, entropy included, against full logits and log_softmax, forward and backward, hidden size 576; peak above that of 16 tokens",
+    "sweep": "a random Qwen2 (hidden 256, 4 layers, so the head weighs more than in a real model), 2 prompts; one number varies, the others stay at BASE",
 }
 BASE = dict(samples=8, length=256, max_new=128, vocabulary=8192)
 AXES = dict(samples=(1, 2, 4, 8, 16), length=(64, 256, 512, 1024), max_new=(64, 128, 256, 512, 1024), vocabulary=(2048, 8192, 32768, 131072))
@@ -93,24 +92,20 @@ def trl_step(args) -> dict:
         texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
         return [rewards.grade(items[r], text, graded, False, T).total + i % G / G for i, (r, text) in enumerate(zip(row, texts))]
 
-    class Clock(transformers.TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            self.seconds = time.perf_counter() - self.start
-
+    clock, seen = transformers.TrainerCallback(), {}
+    clock.on_step_begin = lambda *_, **__: seen.update(start=time.perf_counter())
+    clock.on_step_end = lambda *_, **__: seen.update(seconds=time.perf_counter() - seen["start"])
     with tempfile.TemporaryDirectory() as out:
         config = trl.GRPOConfig(
             out, per_device_train_batch_size=args.prompts * G, gradient_accumulation_steps=1, steps_per_generation=1, num_generations=G, num_iterations=1, max_steps=2,
-            max_completion_length=T, temperature=1.0, top_p=1.0, top_k=0, beta=BETA, loss_type="grpo", scale_rewards="group",
-            use_bias_correction_kl=False, learning_rate=LR, lr_scheduler_type="constant", adam_beta2=BETA2, weight_decay=0.0, max_grad_norm=1.0,
-            gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=False, fp16=False, use_cpu=True, use_vllm=False,
+            max_completion_length=T, temperature=1.0, top_p=1.0, top_k=0, beta=BETA, loss_type="grpo", scale_rewards="group", use_bias_correction_kl=False,
+            learning_rate=LR, lr_scheduler_type="constant", adam_beta2=BETA2, weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=False, fp16=False, use_cpu=True, use_vllm=False,
             model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"}, shuffle_dataset=False, dataloader_pin_memory=False, save_strategy="no", report_to="none",
             logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True, seed=0)
-        clock, rows = Clock(), [{"prompt": prompt(item), "row": i} for i, item in enumerate(items)]
+        rows = [{"prompt": prompt(item), "row": i} for i, item in enumerate(items)]
         trainer = trl.GRPOTrainer(args.model, reward, config, Dataset.from_list(rows * 2), processing_class=tokenizer, callbacks=[clock])
-        generate, seen = trainer._generate, {}
+        generate = trainer._generate
 
         def watched(prompts):
             trainer.eos_token_ids, trainer.generation_config.eos_token_id, trainer.model.generation_config.eos_token_id = [], None, None
@@ -121,7 +116,7 @@ def trl_step(args) -> dict:
         trainer._generate = watched
         trainer.train()
     last = [line for line in trainer.state.log_history if "loss" in line][-1]
-    return {"seconds": clock.seconds, "loss": float(last["loss"]), "grad_norm": float(last["grad_norm"]), **seen}
+    return {"loss": float(last["loss"]), "grad_norm": float(last["grad_norm"]), **seen}
 
 
 def random_policy(vocabulary: int, hidden: int, layers: int) -> Policy:
@@ -167,8 +162,7 @@ def parts(args) -> dict:
     if sampling() != {T}:                                                     # this call and the next warm up
         raise SystemExit(f"vs_trl.py: {args.side} did not sample {T} tokens a row")
     scoring()
-    found = {"sampling": timed(sampling), "scoring": timed(scoring), "prompt_tokens": [len(r.prompt_ids) for r in started]}
-    return found | {"grad_norm": float(torch.stack([p.grad.norm() for p in model.parameters()]).norm())}
+    return {"sampling": timed(sampling), "scoring": timed(scoring), "grad_norm": float(torch.stack([p.grad.norm() for p in model.parameters()]).norm())}
 
 
 def head(args) -> dict:
@@ -244,7 +238,7 @@ def part_pairs(args, pairs: int = 0, **changes) -> dict:
         runs.append((run(args, "parts-ours", **changes), run(args, "parts-plain", **changes)))
         if not changes:
             print(f"parts {pair + 1}: " + ", ".join(f"{name} {runs[-1][0][name]:.2f} s, the other {runs[-1][1][name]:.2f} s" for name in ("sampling", "scoring")), flush=True)
-    a, b = (runs[0][side]["grad_norm"] for side in (0, 1))
+    a, b = (side["grad_norm"] for side in runs[0])
     if not math.isclose(a, b, rel_tol=1e-3):
         raise SystemExit(f"vs_trl.py: the two sides of scoring disagree: gradient norms {a} and {b}")
     return {"sampling": compared(runs, "sampling"), "scoring": compared(runs, "scoring"), "part_memory": compared(runs, "peak_gb", "gb")}
@@ -256,6 +250,9 @@ def heads(args) -> dict:
         a, b = (run(args, side, vocabulary=vocabulary, length=length) for side in ("head-ours", "head-plain"))
         rows.append({"vocabulary": vocabulary, "length": length, "seconds": a["seconds"], "peer_seconds": b["seconds"], "gb": a["above_gb"], "peer_gb": b["above_gb"]})
         print(f"head, vocabulary {vocabulary:6d}, {length} tokens: {a['seconds']:6.2f} s, {a['above_gb']:.2f} GB; full logits {b['seconds']:6.2f} s, {b['above_gb']:.2f} GB", flush=True)
+    for short, long in zip(rows[::2], rows[1::2]):
+        print(f"head, vocabulary {short['vocabulary']:6d}: from {short['length']} to {long['length']} tokens ours grows by {long['gb'] - short['gb']:.2f} GB, "
+              f"full logits by {long['peer_gb'] - short['peer_gb']:.2f} GB", flush=True)
     return {"head": rows}
 
 
@@ -282,7 +279,8 @@ def table(found: dict) -> str:
     for key, name in names.items():
         if key in found:
             r = found[key]
-            cell = lambda side: (f"{r[side + 'gb']:.2f} GB" if "gb" in r else f"{r[side + 'seconds']:.1f} s") + (f", {r[side + 'tokens_per_s']:.1f} tokens/s" if "tokens_per_s" in r else "")
+            units = {"seconds": "{:.1f} s", "tokens_per_s": "{:.1f} tokens/s", "gb": "{:.2f} GB"}
+            cell = lambda side: ", ".join(text.format(r[side + unit]) for unit, text in units.items() if unit in r)
             rows.append(f"| {name} | {cell('')} | {cell('peer_')} | **{r['ratio']:.2f}** ({', '.join(f'{x:.2f}' for x in r['ratios'])}) |")
     return "\n".join(rows)
 
@@ -305,12 +303,10 @@ def default_paths(args) -> None:
 
 
 def surroundings(args) -> dict:
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine())
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.strip()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate")} | {"python": platform.python_version()}
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate")} | {"python": platform.python_version()}
     return {"model": Path(args.model).name, "prompts": args.prompts, "samples": args.samples, "max_new": args.max_new, "pairs": args.pairs, "threads": args.threads,
-            **versions, "machine": f"{cpu}, {os.cpu_count()} cores", "commit": commit or "unknown", "date": datetime.date.today().isoformat()}
+            **versions, "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "commit": commit or "unknown", "date": datetime.date.today().isoformat()}
 
 
 def main() -> None:
@@ -329,7 +325,7 @@ def main() -> None:
     args = p.parse_args()
     if args.side:
         return print(json.dumps(one_side(SimpleNamespace(**json.loads(args.side)))))
-    if importlib.util.find_spec("trl") is None:
+    if util.find_spec("trl") is None:
         raise UsageError("TRL is not installed: pip install trl")
     default_paths(args)
     if len(data.load("medqa", "train", args.data_dir, limit=args.prompts)) < args.prompts:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ import data
 import demo as demos
 import eval as evaluation
 import policy as policies
+import preflight
 import runs
 import train
 from data import UsageError
+from policy import Policy
 
 ROOT = Path(train.__file__).parent
 
@@ -286,3 +289,79 @@ def test_the_demo_learns(algo, tmp_path):
     result = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert result["before"]["sampled_accuracy"] <= .35 and result["after"]["sampled_accuracy"] >= .85 and result["after"]["accuracy"] >= .90
     assert result["after"]["n"] >= 200 and done.stdout.count("\n") == 1 and str(tmp_path / "run") in done.stdout
+
+
+# ------------------------------------------------------------------------------------------- preflight
+def with_settings(**changes):
+    return replace(CONFIG, **changes)
+
+
+def test_running_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(model_dir, capsys, monkeypatch):
+    """torch says so in the middle of an update; what the failed try left in .grad must not count."""
+    config = with_settings(samples=2, prompts=4, kl_coef=.04, micro_batch=4)
+    policy = Policy.load(model_dir, lora=4, seed=0)
+    rollouts = rollouts_for(policy, config)
+    weights = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    after, score = [], Policy.score
+    for limit in (99, 2):
+        policy.load_trainable(weights)
+        calls = []
+        def limited(self, batch, *args, **kwargs):
+            calls.append(len(batch.mask))
+            if len(batch.mask) > limit:
+                raise torch.OutOfMemoryError("no more")
+            scores = score(self, batch, *args, **kwargs)
+            if torch.is_grad_enabled() and limit == len(batch.mask) == 2 and calls.count(2) == 4:          # the second micro-batch fails too, after the first has left its gradient
+                raise torch.OutOfMemoryError("no more")
+            return scores
+        monkeypatch.setattr(Policy, "score", limited)
+        mine = replace(config)
+        train.update(policy, train.make_optimizer(policy, mine), rollouts, mine, 0)
+        after.append({name: p.detach().clone() for name, p in policy.trainable().items()})
+    assert mine.micro_batch == 1 and "out of memory" in capsys.readouterr().err
+    assert all(torch.allclose(after[0][name], after[1][name], atol=1e-6) for name in weights)
+    with pytest.raises(UsageError, match="one prompt"):
+        preflight.smaller(mine, "micro_batch", "step 1")
+
+
+def test_sampling_with_less_memory_samples_the_same(model_dir, monkeypatch):
+    policy, config, items = Policy.load(model_dir, lora=0), with_settings(samples=2, prompts=6, sample_rows=12), data.load("demo", "train")[:8]
+    expected, _ = train.collect(policy, items, replace(config), 0)
+    sample = Policy.sample
+    def limited(self, part, *args, **kwargs):
+        if len(part) > 2:
+            raise torch.OutOfMemoryError("no more")
+        return sample(self, part, *args, **kwargs)
+    monkeypatch.setattr(Policy, "sample", limited)
+    found, _ = train.collect(policy, items, config, 0)
+    assert config.sample_rows == 3 and [r.completion_ids for r in found] == [r.completion_ids for r in expected]
+
+
+def test_sizes_are_halved_until_they_fit():
+    shape = SimpleNamespace(num_hidden_layers=36, hidden_size=2048, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008, vocab_size=151936)
+    config = train.Config(prompts=16, samples=8, max_new=1024)
+    roomy, chunk, parts = preflight.fit(config, shape, 3_100_000_000, 30_000_000, 350, False, 1e12)
+    assert (roomy.micro_batch, roomy.sample_rows, chunk) == (16, 256, 512)
+    tight, chunk, parts = preflight.fit(config, shape, 3_100_000_000, 30_000_000, 350, False, 24e9)
+    assert tight.micro_batch < 16 and preflight.peak(parts) <= .9 * 24e9
+    hopeless, chunk, parts = preflight.fit(config, shape, 3_100_000_000, 30_000_000, 350, False, 1e9)
+    assert (hopeless.micro_batch, chunk) == (1, 64) and hopeless.sample_rows < 128
+
+
+def test_the_arithmetic_is_near_the_truth(model_dir):
+    """Weights, gradients and moments to the byte."""
+    policy = Policy.load(model_dir, lora=0)
+    config = with_settings(samples=2, prompts=2)
+    total = sum(p.numel() for p in policy.model.parameters())
+    parts = preflight.memory(config, policy.model.config, total, total, 20, on_cpu=True)
+    optimizer = train.make_optimizer(policy, config)
+    train.update(policy, optimizer, rollouts_for(policy, config), config, 0)
+    moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim())
+    assert (parts["weights"], parts["gradients"], parts["optimiser"]) == (sum(p.nbytes for p in policy.model.parameters()), 4 * total, moments)
+
+
+def test_dry_run_writes_nothing(model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--model", model_dir, *FAST, "--dry-run"])
+    shown = capsys.readouterr()
+    assert "dry run" in shown.out and "activations" in shown.err and "longest batch went through" in shown.err and list(tmp_path.iterdir()) == []
