@@ -38,8 +38,6 @@ ROPE = {"rope_type": "default", "rope_theta": 1e6}
 RANK = 16                               # of the adapters, as in train.py
 KINDS = (("lora", RANK, torch.bfloat16), ("full", 0, torch.float32))      # what is trained, with the type that Policy.load gives its weights on a GPU
 
-
-
 # `length`: tokens of a prompt. New tokens a completion: max_new in sampling and update, the others in the part of their name; peer_new: HF `generate` at two lengths.
 FULL = SimpleNamespace(prompts=16, samples=8, length=300, max_new=512, peer_new=(8, 64), memory_new=1024, gap_new=128, vision_new=256,
                        matrix=8192, copy_bytes=4 * 10**9)

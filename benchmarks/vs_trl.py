@@ -21,7 +21,6 @@ import time
 from dataclasses import replace
 from importlib import metadata, util
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import transformers
@@ -57,6 +56,11 @@ HEADS = [(vocabulary, length) for vocabulary in (16384, 49152, 151936) for lengt
 
 def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def check(holds: bool, fault: str) -> None:
+    if not holds:
+        raise SystemExit(f"vs_trl.py: {fault}")
 
 
 # --------------------------------------------------------------------------------------------- one process each
@@ -159,8 +163,7 @@ def parts(args) -> dict:
             return policy.score(batch).logps.sum().backward()
         model.train()
         replicated_backward(model, batch, G)
-    if sampling() != {T}:                                                     # this call and the next warm up
-        raise SystemExit(f"vs_trl.py: {args.side} did not sample {T} tokens a row")
+    check(sampling() == {T}, f"{args.side} did not sample {T} tokens a row")   # this call and the next warm up
     scoring()
     return {"sampling": timed(sampling), "scoring": timed(scoring), "grad_norm": float(torch.stack([p.grad.norm() for p in model.parameters()]).norm())}
 
@@ -171,11 +174,8 @@ def head(args) -> dict:
 
     def head_pass(n):
         h, target = hidden[:n].clone().requires_grad_(), targets[:n]
-        if args.side == "head-ours":
-            logps, _ = policy._token_logps(h, target, 1.0)
-        else:
-            logps = policy.model.lm_head(h).log_softmax(-1).gather(1, target[:, None])
-        logps.sum().backward()
+        plain = lambda: policy.model.lm_head(h).log_softmax(-1).gather(1, target[:, None])
+        (policy._token_logps(h, target, 1.0)[0] if args.side == "head-ours" else plain()).sum().backward()
     head_pass(16)
     head_pass(16)                                                             # twice: the weight's gradient is there, and once more while it is added up
     before = peak_gb()
@@ -189,15 +189,13 @@ def one_side(args) -> dict:
     torch.set_num_threads(args.threads)
     policies.quiet()
     found = SIDES[args.side](args)
-    if torch.get_num_threads() != args.threads:
-        raise SystemExit(f"vs_trl.py: {args.side} ran on {torch.get_num_threads()} threads, not {args.threads}")
+    check(torch.get_num_threads() == args.threads, f"{args.side} ran on {torch.get_num_threads()} threads, not {args.threads}")
     return found | {"peak_gb": peak_gb()}
 
 
 # ------------------------------------------------------------------------------------------------- the parent
 def run(args, side: str, **changes) -> dict:
-    keys = ("model", "data_dir", "prompts", "samples", "max_new", "threads")
-    spec = {key: getattr(args, key) for key in keys} | {"side": side, "vocabulary": 0} | changes
+    spec = vars(args) | {"side": side, "vocabulary": 0} | changes
     quiet = {"PYTHONWARNINGS": "ignore::FutureWarning", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, __file__, "--side", json.dumps(spec)], stdout=subprocess.PIPE, text=True, env=os.environ | quiet)
     if done.returncode:
@@ -218,16 +216,15 @@ def whole_step(args) -> dict:
         for side, r in runs[-1].items():
             print(f"step {pair + 1}, {side:15s} {r['seconds']:7.2f} s (sampling {r['sample_seconds']:.2f} s), {total / r['seconds']:6.1f} tokens/s, "
                   f"peak {r['peak_gb']:5.2f} GB, loss {r['loss']:.1e}, gradient norm {r['grad_norm']:.3f}", flush=True)
-            for holds, fault in ((math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]), "the loss or its gradient is not finite"),
-                                 (r["lengths"] == [args.max_new] * args.prompts * args.samples, f"sampled rows of {sorted(set(r['lengths']))} tokens"),
-                                 (r["prompt_ids"] == runs[0]["ours"]["prompt_ids"], "saw other prompts than ours")):
-                if not holds:
-                    raise SystemExit(f"vs_trl.py: {side}: {fault}")
+            check(math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]), f"{side}: the loss or its gradient is not finite")
+            check(r["lengths"] == [args.max_new] * args.prompts * args.samples, f"{side} sampled rows of {sorted(set(r['lengths']))} tokens")
+            check(r["prompt_ids"] == runs[0]["ours"]["prompt_ids"], f"{side} saw other prompts than ours")
     found: dict = {"prompt_tokens": sorted(map(len, runs[0]["ours"]["prompt_ids"][::args.samples])), "losses": {side: [r[side]["loss"] for r in runs] for side in runs[0]}}
     for peer, suffix in (("trl", ""), ("trl-completions", "_completions")):
         pairs = [(r["ours"], r[peer]) for r in runs]
         step = compared(pairs, "seconds")
-        found["step" + suffix] = step | {"tokens_per_s": total / step["seconds"], "peer_tokens_per_s": total / step["peer_seconds"], "in_sampling": compared(pairs, "sample_seconds")}
+        rates = {unit + "tokens_per_s": total / step[unit + "seconds"] for unit in ("", "peer_")}
+        found["step" + suffix] = step | rates | {"in_sampling": compared(pairs, "sample_seconds")}
         found["memory" + suffix] = compared(pairs, "peak_gb", "gb")
     return found
 
@@ -239,8 +236,7 @@ def part_pairs(args, pairs: int = 0, **changes) -> dict:
         if not changes:
             print(f"parts {pair + 1}: " + ", ".join(f"{name} {runs[-1][0][name]:.2f} s, the other {runs[-1][1][name]:.2f} s" for name in ("sampling", "scoring")), flush=True)
     a, b = (side["grad_norm"] for side in runs[0])
-    if not math.isclose(a, b, rel_tol=1e-3):
-        raise SystemExit(f"vs_trl.py: the two sides of scoring disagree: gradient norms {a} and {b}")
+    check(math.isclose(a, b, rel_tol=1e-3), f"the two sides of scoring disagree: gradient norms {a} and {b}")
     return {"sampling": compared(runs, "sampling"), "scoring": compared(runs, "scoring"), "part_memory": compared(runs, "peak_gb", "gb")}
 
 
@@ -251,23 +247,20 @@ def heads(args) -> dict:
         rows.append({"vocabulary": vocabulary, "length": length, "seconds": a["seconds"], "peer_seconds": b["seconds"], "gb": a["above_gb"], "peer_gb": b["above_gb"]})
         print(f"head, vocabulary {vocabulary:6d}, {length} tokens: {a['seconds']:6.2f} s, {a['above_gb']:.2f} GB; full logits {b['seconds']:6.2f} s, {b['above_gb']:.2f} GB", flush=True)
     for short, long in zip(rows[::2], rows[1::2]):
-        print(f"head, vocabulary {short['vocabulary']:6d}: from {short['length']} to {long['length']} tokens ours grows by {long['gb'] - short['gb']:.2f} GB, "
-              f"full logits by {long['peer_gb'] - short['peer_gb']:.2f} GB", flush=True)
+        grown = [f"{long[side] - short[side]:.2f} GB" for side in ("gb", "peer_gb")]
+        print(f"head, vocabulary {short['vocabulary']:6d}: from {short['length']} to {long['length']} tokens ours grows by {grown[0]}, full logits by {grown[1]}")
     return {"head": rows}
 
 
 def sweep(args) -> dict:
     rows, done = [], {}
-    for axis, values in AXES.items():
-        for value in values:
-            point = BASE | {axis: value}
-            G, L, T, V = key = tuple(point.values())
-            if key not in done:                                               # BASE lies on every axis
-                done[key] = part_pairs(args, args.sweep, prompts=2, **point)
-            rows.append({"axis": axis, **point, "token_ratio": G * (L + T) / (L + G * T), **done[key]})
-            s, g = rows[-1]["sampling"], rows[-1]["scoring"]
-            print(f"sweep of {axis:10s} G {G:2d}, L {L:4d}, T {T:4d}, vocabulary {V:6d}: token ratio {rows[-1]['token_ratio']:.2f}; sampling {s['seconds']:6.2f} s, "
-                  f"{s['peer_seconds']:6.2f} s, ratio {s['ratio']:.2f}; scoring {g['seconds']:6.2f} s, {g['peer_seconds']:6.2f} s, ratio {g['ratio']:.2f}", flush=True)
+    for axis, point in [(axis, BASE | {axis: value}) for axis, values in AXES.items() for value in values]:
+        G, L, T, V = key = tuple(point.values())
+        if key not in done:                                                   # BASE lies on every axis
+            done[key] = part_pairs(args, args.sweep, prompts=2, **point)
+        rows.append({"axis": axis, **point, "token_ratio": G * (L + T) / (L + G * T), **done[key]})
+        cells = [f"{name} {r['seconds']:6.2f} s, the other {r['peer_seconds']:6.2f} s, ratio {r['ratio']:.2f}" for name, r in done[key].items() if "seconds" in r]
+        print(f"sweep of {axis:10s} G {G:2d}, L {L:4d}, T {T:4d}, vocabulary {V:6d}: token ratio {rows[-1]['token_ratio']:.2f}; {'; '.join(cells)}", flush=True)
     return {"sweep": rows}
 
 
@@ -302,13 +295,6 @@ def default_paths(args) -> None:
     args.model, args.data_dir = args.model or str(folder), args.data_dir or str(shared / "data")
 
 
-def surroundings(args) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.strip()
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate")} | {"python": platform.python_version()}
-    return {"model": Path(args.model).name, "prompts": args.prompts, "samples": args.samples, "max_new": args.max_new, "pairs": args.pairs, "threads": args.threads,
-            **versions, "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "commit": commit or "unknown", "date": datetime.date.today().isoformat()}
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--model", help="a Hugging Face folder or hub name; empty = SmolLM2-135M, made with ../shared/tools/smollm2.py")
@@ -324,13 +310,16 @@ def main() -> None:
     p.add_argument("--side", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.side:
-        return print(json.dumps(one_side(SimpleNamespace(**json.loads(args.side)))))
+        return print(json.dumps(one_side(argparse.Namespace(**json.loads(args.side)))))
     if util.find_spec("trl") is None:
         raise UsageError("TRL is not installed: pip install trl")
     default_paths(args)
     if len(data.load("medqa", "train", args.data_dir, limit=args.prompts)) < args.prompts:
         raise UsageError(f"{args.data_dir} has fewer than {args.prompts} training items")
-    result = surroundings(args)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.strip()
+    result = {"model": Path(args.model).name, **{key: getattr(args, key) for key in ("prompts", "samples", "max_new", "pairs", "threads")},
+              **{name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate")}, "python": platform.python_version(),
+              "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "commit": commit or "unknown", "date": datetime.date.today().isoformat()}
     print("\n".join(f"{key}: {value}" for key, value in (result | SETTINGS).items()), flush=True)
     result["settings"] = SETTINGS
     for name, work in {"step": whole_step, "parts": part_pairs, "head": heads, "sweep": sweep}.items():

@@ -1,6 +1,9 @@
 """The loop: one gradient whatever the micro-batch, a resumed run that is the same run, faults that stay outside the weights, and the command line."""
+import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
+import transformers
 
 import data
 import demo as demos
@@ -365,3 +370,117 @@ def test_dry_run_writes_nothing(model_dir, tmp_path, monkeypatch, capsys):
     train.main(["--model", model_dir, *FAST, "--dry-run"])
     shown = capsys.readouterr()
     assert "dry run" in shown.out and "activations" in shown.err and "longest batch went through" in shown.err and list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------- faults
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_finish_and_the_run_goes_on_as_if_nothing_had_been(number, model_dir, tmp_path, monkeypatch, capsys):
+    whole = run(model_dir, tmp_path / "whole", "--save-every", "4")
+    write = runs.Log.write
+    def interrupted(self, metrics, *args):
+        if metrics["step"] == 3:
+            os.kill(os.getpid(), number)
+        return write(self, metrics, *args)
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.Log, "write", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            run(model_dir, tmp_path / "half", "--save-every", "4")
+    assert stopped.value.code == 128 + number and f"--resume {tmp_path / 'half'}" in capsys.readouterr().err
+    assert runs.newest_checkpoint(tmp_path / "half").name == "000003" and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    train.main(["--resume", str(tmp_path / "half")])
+    assert artefacts(tmp_path / "half") == artefacts(whole)
+
+
+def test_a_full_disk_leaves_what_was_there_and_says_how_much_was_missing(model_dir, tmp_path, monkeypatch):
+    whole, half, save = run(model_dir, tmp_path / "whole"), tmp_path / "half", runs.save_file
+    def full(tensors, path):
+        save(tensors, path)
+        if Path(path).parent.parent.joinpath("000002").exists():
+            Path(path).write_bytes(Path(path).read_bytes()[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "save_file", full)
+        with pytest.raises(UsageError, match=r"No space left on device.*takes [\d.]+ MB, and [\d.,]+ MB are free.*--resume"):
+            run(model_dir, half)
+    assert runs.newest_checkpoint(half).name == "000002" and not (half / "checkpoints" / ".tmp").exists()
+    train.main(["--resume", str(half)])
+    assert artefacts(half) == artefacts(whole)
+
+
+def test_a_folder_that_vanishes_is_said(model_dir, tmp_path, monkeypatch):
+    out, save = tmp_path / "run", runs.save_file
+    def gone(tensors, path):
+        shutil.rmtree(out, ignore_errors=True)
+        save(tensors, path)
+    monkeypatch.setattr(runs, "save_file", gone)
+    with pytest.raises(UsageError, match="the folder is gone"):
+        run(model_dir, out)
+
+
+def test_steps_that_are_never_finite_end_the_run_with_a_checkpoint(model_dir, tmp_path, monkeypatch, capsys):
+    real = train.loss_of
+    def broken(*args):
+        loss, terms = real(*args)
+        return loss * float("nan"), terms | {"loss": float("nan")}
+    monkeypatch.setattr(train, "loss_of", broken)
+    with pytest.raises(UsageError, match="5 steps in a row"):
+        run(model_dir, tmp_path / "run", "--save-every", "0")
+    assert runs.newest_checkpoint(tmp_path / "run").name == "000005" and "step 1:" in capsys.readouterr().err
+
+
+def test_the_row_whose_log_probs_are_not_finite_is_named(model_dir, capsys):
+    policy = Policy.load(model_dir, lora=0)
+    rollouts = rollouts_for(policy, CONFIG)
+    score = policy.score
+    def spoilt(batch, *args, **kwargs):
+        scores = score(batch, *args, **kwargs)
+        if len(batch.mask) == 4:
+            scores.logps[2, 1] = float("inf")
+        return scores
+    policy.score = spoilt
+    train.update(policy, train.make_optimizer(policy, CONFIG), rollouts, CONFIG, 0)
+    assert "[9]" in capsys.readouterr().err                                   # group 2, sample 1, of groups of 4
+
+
+def test_troubles_by_hand():
+    fine = {"reward": .5, "groups_equal": .5, "part_truncated": 0}
+    assert train.troubles([fine] * 5) == [] and train.troubles([fine | {"groups_equal": 1}] * 4) == []
+    assert "always 0.50" in train.troubles([fine | {"groups_equal": 1}] * 5)[0] and "--max-new" in train.troubles([fine | {"part_truncated": 1}] * 10)[0]
+    assert "always" not in train.troubles([fine | {"groups_equal": 1, "reward": i / 9} for i in range(5)])[0]
+
+
+def test_the_best_checkpoint_by_dev_is_kept_apart(model_dir, tmp_path):
+    out = run(model_dir, tmp_path / "run", "--keep", "1")
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    dev = {m["step"]: m["dev_accuracy"] for m in metrics if "dev_accuracy" in m}
+    best = out / "checkpoints" / "best"
+    assert json.loads((best / "state.json").read_text())["step"] == min(dev, key=lambda step: (-dev[step], step))
+    assert len(list((out / "checkpoints").iterdir())) == 2
+    policy, config = runs.open_policy(str(best), "cpu")
+    assert torch.equal(policy.trainable()["lm_head.weight"], safetensors.torch.load_file(best / "policy.safetensors")["lm_head.weight"])
+
+
+@pytest.mark.parametrize("flags", [["--no-full", "--lora", "4", "--lr", "0.05"], ["--full"]])
+def test_an_export_is_a_plain_model_that_writes_the_same(flags, model_dir, tmp_path):
+    out = run(model_dir, tmp_path / "run", *flags, "--steps", "3")
+    before = artefacts(out)
+    train.main(["--resume", str(out), "--export", str(tmp_path / "export")])
+    assert artefacts(out) == before
+    policy, _ = runs.open_policy(str(out), "cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    tokenizer = policies.load_tokenizer(str(tmp_path / "export"))
+    for rollout in policy.sample(data.load("demo", "test")[:4], 1, 8, 0.0, 0):
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": data.messages(rollout.item)[1]["content"]}], add_generation_prompt=True, return_tensors="pt", return_dict=False)
+        assert ids[0].tolist() == rollout.prompt_ids
+        assert model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1]:].tolist()[:len(rollout.completion_ids)] == rollout.completion_ids
+    assert "trained by grpo" in (tmp_path / "export" / "README.md").read_text()
+    with pytest.raises(UsageError, match="exists"):
+        train.main(["--resume", str(out), "--export", str(tmp_path / "export")])
+
+
+def test_a_resumed_run_on_another_number_of_threads_says_so_and_goes_on(model_dir, tmp_path, capsys):
+    out = run(model_dir, tmp_path / "run", "--steps", "1")
+    facts = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(facts | {"machine": facts["machine"] | {"threads": 99}}))
+    train.main(["--resume", str(out), "--steps", "2"])
+    assert "no longer bit for bit" in capsys.readouterr().err and len((out / "metrics.jsonl").read_text().splitlines()) == 2
