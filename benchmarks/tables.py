@@ -46,10 +46,36 @@ def real(found: dict) -> str:
     return found["text"] + "\n\n" + "\n".join(rows)
 
 
+def vision(found: dict) -> str:
+    rows = ["| | tokens a pass | vision tower runs | seconds a step | peak memory |", "|---|---|---|---|---|",
+            f"| once per group | {found['tokens']} | {found['tower_runs']} | {found['seconds']:.1f} | {found['peak_gb']:.2f} GB |",
+            f"| once per sample | {found['peer_tokens']} | {found['peer_tower_runs']} | {found['peer_seconds']:.1f} | {found['peer_peak_gb']:.2f} GB |"]
+    return "\n".join(rows) + (f"\n\n**{found['ratio']:.1f} times** faster (median; pairs {', '.join(f'{x:.1f}' for x in found['ratios'])}). {found['model']}, {found['prompts']} BCCD photographs "
+                              f"of {found['image_tokens'][0]} image tokens, {found['samples']} samples of {found['max_new']} tokens, {found['threads']} CPU threads, fp32. GPU: not measured.")
+
+
+def ablation(task: str):
+    cell = lambda x, sign="": f"{x[0]:{sign}.3f} [{x[1]:{sign}.3f}, {x[2]:{sign}.3f}]"
+    titles = {"start": "start", "sampled": "after: sampled", "greedy": "greedy", "kappa": "kappa"}
+    differences = {"sampled": "sampled, minus v-rft", "kappa_over_steps": "kappa over the steps, minus v-rft"}
+    def render(found: dict) -> str:
+        lines = found["summary"]
+        there = lambda names: [name for name in names if name in lines[0]]
+        rows = [f"| {task} | seeds | " + " | ".join([*(titles[n] for n in there(titles)), *(differences[n] for n in there(differences))]) + " |"]
+        rows.append("|---" * (rows[0].count("|") - 1) + "|")
+        for line in lines:
+            against = line.get("against_v-rft")
+            rows.append(f"| {line['arm']} | {line['seeds']} | " + " | ".join([*(cell(line[n]) for n in there(titles)), *(cell(against[n], "+") if against else "-" for n in there(differences))]) + " |")
+        twice = [f"{line['arm']} minus 'v-rft, twice the steps': {cell(line['against_twice']['sampled'], '+')}" for line in lines if "boxes" in line["arm"] and "against_twice" in line]
+        return "\n".join(rows) + (f"\n\nSampled accuracy on test, paired by seed: {'; '.join(twice)}." if twice else "")
+    return render
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = before = readme.read_text(encoding="utf-8")
-    for name, file, render in (("demo", "demo", demo), ("speed", "prompt_once", speed), ("compare", "demo_compare", compare), ("real", "real", real)):
+    for name, file, render in (("demo", "demo", demo), ("speed", "prompt_once", speed), ("compare", "demo_compare", compare), ("real", "real", real), ("vision", "vision_step", vision),
+                               ("grade", "ablation_grade", ablation("grade")), ("outline", "ablation_classify", ablation("classify"))):
         path = ROOT / "benchmarks" / "results" / f"{file}.json"
         if path.exists():
             table = render(json.loads(path.read_text(encoding="utf-8")))
