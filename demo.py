@@ -181,8 +181,8 @@ DILUTED_STEPS = {"choice": 60, "classify": 60, "grade": 60, "localize": 15}
 RIGHT = {"choice": .25, "classify": .25, "grade": .25, "localize": .5}         # share of right answers in the diluted part
 
 
-def warm_start(policy: Policy, items: list, config, clean_steps: int = 0, diluted_steps: int = 0, enough=None):
-    """Make the demo's stand-in for a base model; yields after the clean part once (for its evaluation), then at the end. enough(): asked now and then, ends it there.
+def warm_start(policy: Policy, items: list, config, clean_steps: int = 0, diluted_steps: int = 0):
+    """Make the demo's stand-in for a base model; yields after the clean part once (for its evaluation), then at the end.
 
     Reinforcement learning brings out what a model can do now and then. So the random model is first taught the task, cleanly, and then spoilt
     (mostly random letters, broken form) until it samples badly: a skill is there, but not reliable. Tried on: settings in the README.
@@ -197,8 +197,6 @@ def warm_start(policy: Policy, items: list, config, clean_steps: int = 0, dilute
     for step in tqdm(range(clean_steps + diluted_steps), desc="warm start", unit="step", leave=False, disable=None):
         if step == clean_steps:
             yield "clean"
-        if enough and step >= 50 and step % 10 == 0 and enough():
-            return
         diluted = step >= clean_steps
         schedule = min((step + 1) / 20, 1.0, 2 * (1 - step / clean_steps))                    # warm-up, constant, linear to 0 in the second half
         optimizer.param_groups[0]["lr"] = 1e-3 if diluted else 2.5e-3 * schedule

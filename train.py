@@ -189,7 +189,10 @@ SIZES = ("micro_batch", "sample_rows")                  # chosen by preflight.py
 
 # --------------------------------------------------------------------------------------------- the loop
 def train(config: Config, run: Path, policy: Policy, splits: dict, stopping: list[int] | tuple = ()) -> None:
-    """From the newest checkpoint to config.steps, or until a signal's number stands in `stopping`. All randomness is a function of (seed, step), so a resumed run does what the first would have done."""
+    """From the newest checkpoint to config.steps, or until a signal's number stands in `stopping`.
+
+    All randomness is a function of (seed, step), so a resumed run does what the first would have done.
+    """
     optimizer = make_optimizer(policy, config)
     first, state = runs.restore(run, policy, optimizer)
     config = replace(config, **{name: state.get(name, getattr(config, name)) for name in SIZES})                         # those that fitted then
@@ -211,31 +214,37 @@ def train(config: Config, run: Path, policy: Policy, splits: dict, stopping: lis
                 set_advantages(rollouts, config)
             metrics |= update(policy, optimizer, rollouts, config, step)                      # compare and learn
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "kl_coef": config.kl_coef, "temperature": config.temperature}
+        metrics |= {"tau": config.tau} if config.box_reward == "tighten" else {}
         if config.eval_every and (step + 1) % config.eval_every == 0:
             dev, _ = evaluation.evaluate(policy, splits["dev"], config, samples=0, label="dev ")
             metrics |= {f"dev_{name}": dev[name] for name in ("accuracy", "ci95", "kappa", "mean_iou") if name in dev}
         history.append(metrics)
-        for message in troubles(history):
-            say(f"step {step + 1}: {message}")
         if found := alarms(history):
             metrics["alarms"] = found
-            say(f"step {step + 1}: ALARM: {'; '.join(found)}")
+        for message in (*troubles(history), *(f"ALARM: {text}" for text in found)):
+            say(f"step {step + 1}: {message}")
         log.write(metrics, rollouts[:config.log_groups * config.samples],
                   {"sample_s": sampled - start, "step_s": time.perf_counter() - start, "tokens": sum(len(r.completion_ids) for r in rollouts), "micro_batch": config.micro_batch})
-        save = lambda **kwargs: runs.save_checkpoint(run, policy, optimizer, step + 1, config.keep, {name: getattr(config, name) for name in SIZES}, **kwargs)
-        if "dev_accuracy" in metrics and metrics["dev_accuracy"] > max((m["dev_accuracy"] for m in history[:-1] if "dev_accuracy" in m), default=-1):
-            save(best=True)                                                                   # first: once the next one is there, this step is not done again
-        hopeless = len(history) >= NON_FINITE and all(m.get("skipped") == 1 for m in history[-NON_FINITE:])
-        if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0) or stopping or hopeless:
-            save()
-        if hopeless:
-            raise UsageError(f"{NON_FINITE} steps in a row had no finite loss and gradient; the checkpoint of step {step + 1} is kept. A smaller --lr or --max-grad-norm would help, in a new run from --init {run}")
-        if stopping and step + 1 < config.steps:
-            log.close()
-            say(f"stopped after step {step + 1}; go on with: python train.py --resume {run}")
-            raise SystemExit(128 + stopping[0])
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "accuracy", "length") if name in metrics})
+        secure(run, policy, optimizer, history, config, stopping)
     log.close()
+
+
+def secure(run: Path, policy: Policy, optimizer, history: list[dict], config: Config, stopping) -> None:
+    """The checkpoints that are due after a step; and the end of the run where a signal or five bad steps in a row ask for it."""
+    step, dev = history[-1]["step"], [m["dev_accuracy"] for m in history if "dev_accuracy" in m]
+    save = lambda **kwargs: runs.save_checkpoint(run, policy, optimizer, step, config.keep, {name: getattr(config, name) for name in SIZES}, **kwargs)
+    if "dev_accuracy" in history[-1] and dev[-1] > max(dev[:-1], default=-1):
+        save(best=True)                                                                       # first: once the next one is there, this step is not done again
+    hopeless = len(history) >= NON_FINITE and all(m.get("skipped") == 1 for m in history[-NON_FINITE:])
+    if step == config.steps or (config.save_every and step % config.save_every == 0) or stopping or hopeless:
+        save()
+    if hopeless:
+        raise UsageError(f"{NON_FINITE} steps in a row had no finite loss and gradient; the checkpoint of step {step} is kept. "
+                         f"A smaller --lr or --max-grad-norm would help, in a new run from --init {run}")
+    if stopping and step < config.steps:
+        say(f"stopped after step {step}; go on with: python train.py --resume {run}")
+        raise SystemExit(128 + stopping[0])
 
 
 @contextmanager

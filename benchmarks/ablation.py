@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 import demo
-import eval as evaluation
 import train
 
 STUDY = json.loads((ROOT / "benchmarks" / "study.json").read_text(encoding="utf-8"))
@@ -57,10 +56,7 @@ def make_base(folder: Path, task: str, seed: int, knowledge: str) -> None:
         items += data.with_knowledge(of_task, "demo-images", knowledge)
     texts = [part for item in items for part in (data.messages(item)[1]["content"], data.completion(item))]
     policy = demo.tiny_vl_policy(train.fold(seed, "model"), texts[:400] + texts[-400:], train_vision=True)
-    dev, enough = data.load("demo-images", "dev", 100, task=task), None
-    if "until" in setting:
-        enough = lambda: evaluation.summary(evaluation.answer(policy, dev, config, temperature=1.0))["accuracy"] >= setting["until"]
-    for _ in demo.warm_start(policy, items, config, setting["clean_steps"], setting["diluted_steps"], enough):
+    for _ in demo.warm_start(policy, items, config, setting["clean_steps"], setting["diluted_steps"]):
         pass
     beside = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
