@@ -93,7 +93,7 @@ def run_arm(out: Path, task: str, name: str, phases: list[str], seed: int) -> di
     keep = ("accuracy", "sampled_accuracy", "kappa", "mae", "off_by_one", "sampled_length")
     curve = lambda key: [[m["step"], m[key]] for m in metrics if key in m]
     return {"arm": name, "seed": seed, "start": {k: found["before"][k] for k in keep if k in found["before"]}, "after": {k: found["after"][k] for k in keep if k in found["after"]},
-            "curves": {key: curve(key) for key in ("accuracy", "dev_accuracy", "dev_kappa", "part_recite", "think_words") if key != "accuracy" or "sft" not in phases[-1]}}
+            "curves": {key: curve(key) for key in ("reward", "accuracy", "dev_accuracy", "dev_kappa", "part_recite", "think_words") if key.startswith("dev") or "sft" not in phases[-1]}}
 
 
 def run_seed(out: Path, task: str, arms: dict, seed: int) -> list[dict]:
@@ -148,13 +148,13 @@ def table(lines: list[dict]) -> str:
 
 
 def draw(rows: list[dict], path: str) -> None:
-    """Learning curves: the sampled accuracy of each step's rollouts (mean of five) and kappa on dev; means over seeds and their range."""
+    """Curves of the reward and the sampled accuracy of each step's rollouts (means of five), and of kappa or accuracy on dev; means over seeds and their range."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharex=True)
+    figure, axes = pyplot.subplots(1, 3, figsize=(16, 5))
     for colour, arm in enumerate(dict.fromkeys(r["arm"] for r in rows)):
-        for axis, key, smooth in ((axes[0], "accuracy", 5), (axes[1], "dev_accuracy" if rows[0]["curves"]["dev_kappa"] == [] else "dev_kappa", 1)):
+        for axis, key, smooth in ((axes[0], "reward", 5), (axes[1], "accuracy", 5), (axes[2], "dev_accuracy" if rows[0]["curves"]["dev_kappa"] == [] else "dev_kappa", 1)):
             curves = [r["curves"][key] for r in rows if r["arm"] == arm and key in r["curves"]]
             if not curves:                                                    # sft has no rollouts
                 continue
@@ -163,10 +163,10 @@ def draw(rows: list[dict], path: str) -> None:
             axis.plot(steps, middle, color=f"C{colour % 10}", linestyle="-" if colour < 10 else "--", label=arm)
             axis.fill_between(steps, [min(at) for at in zip(*values)], [max(at) for at in zip(*values)], color=f"C{colour % 10}", alpha=.08)
             axis.set_xlabel("step")
-            axis.set_title({"accuracy": "sampled accuracy of the rollouts (mean of 5 steps)", "dev_kappa": "quadratic kappa, greedy, dev", "dev_accuracy": "accuracy, greedy, dev"}[key])
+            axis.set_title({"reward": "reward of the rollouts (mean of 5 steps)", "accuracy": "sampled accuracy of the rollouts (mean of 5 steps)", "dev_kappa": "quadratic kappa, greedy, dev", "dev_accuracy": "accuracy, greedy, dev"}[key])
     axes[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=75)
 
 
 def main() -> None:
@@ -177,6 +177,7 @@ def main() -> None:
     p.add_argument("--arms", nargs="+", choices=list(ARMS), help="all that the task has a use for, unless said")
     p.add_argument("--arm", nargs=2, action="append", default=[], metavar=("NAME", "FLAGS"), help="one more arm, by the flags in which it differs from plain V-RFT")
     p.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time, a thread each")
+    p.add_argument("--add", metavar="F", help="also the arms and seeds of an earlier --json F, such as one of more seeds")
     p.add_argument("--json")
     p.add_argument("--png")
     p.add_argument("--base", nargs=2, help=argparse.SUPPRESS)
@@ -188,6 +189,9 @@ def main() -> None:
     arms = {name: ARMS[name] for name in args.arms or useful} | {name: [flags] for name, flags in args.arm}
     with ThreadPoolExecutor(args.jobs) as pool:
         rows = [row for of_seed in pool.map(lambda seed: run_seed(args.out, args.task, arms, seed), args.seeds) for row in of_seed]
+    if args.add:
+        here = {(r["arm"], r["seed"]) for r in rows}
+        rows = [r for r in json.loads(Path(args.add).read_text(encoding="utf-8"))["rows"] if (r["arm"], r["seed"]) not in here] + rows
     lines = summarise(rows)
     print(table(lines))
     if args.png:

@@ -244,7 +244,7 @@ def update(size, out: dict, machine: dict) -> None:
             policy.score(some).logps.sum().backward()
         out[name]["counted_over_formula"] = counter.get_total_flops() / flops(policy.model, 2, L, G, T, full)[1]
         print(f"update    {name}: {out[name]['ratio']:.2f} times the replicated layout's speed, tokens {out['token_ratio']:.2f} to 1", flush=True)
-        del policy, optimizer, batch, some                                    # before the next model is made
+        policy = optimizer = batch = some = None                              # before the next model is made
 
 
 def memory(size, out: dict, machine: dict) -> None:
@@ -263,7 +263,7 @@ def memory(size, out: dict, machine: dict) -> None:
         out[name]["sampling"] = peak(lambda: policy.sample(items, G, T, 1.0, seed=0))
         out[name]["peak_gb"] = max(out[name][phase]["peak_gb"] for phase in ("update", "sampling"))
         check(out, f"{name}: peak GB of a step", out[name]["peak_gb"], most=most)
-        del policy, optimizer
+        policy = optimizer = None
 
 
 @torch.no_grad()
