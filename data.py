@@ -99,6 +99,11 @@ def load(dataset: str, split: str, data_dir: str | None = None, limit: int | Non
     return items[:limit]
 
 
+def is_known(dataset: str) -> bool:
+    import images
+    return dataset in DATASETS or images.is_medmnist(dataset)
+
+
 def medqa_items(dataset: str, split: str, data_dir: str | None) -> list[Item]:
     """MedQA-USMLE (arXiv 2009.13081) in the layout of its archive: data_clean/questions/US/..."""
     name = f"data_clean/questions/US/{split}.jsonl" if dataset == "medqa" else \
@@ -248,6 +253,8 @@ def read_item(line: str, where: str, default_id: str, published: bool, folder: P
     if not isinstance(options, list) or not 2 <= len(options) <= 26 or not all(isinstance(o, str) and o.strip() for o in options):
         raise UsageError(f"{where}: 'options' must be 2 to 26 texts, as a list or by letter")
     answer = row.get("answer_idx", row.get("answer"))
+    if answer is None:
+        raise UsageError(f"{where}: no 'answer'; there are {', '.join(map(repr, row))}")
     if not isinstance(answer, str) or len(answer) != 1 or answer not in LETTERS[:len(options)]:
         raise UsageError(f"{where}: the answer {answer!r} is not one of the option letters {', '.join(LETTERS[:len(options)])}")
     duplicates = len({" ".join(o.split()).casefold() for o in options}) < len(options)

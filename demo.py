@@ -127,7 +127,7 @@ TEMPLATE = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% 
 
 
 def demo_policy(seed: int, **kwargs) -> Policy:
-    """A random Qwen2 of 0.2 million weights and a tokenizer of the demo's words, all trained. No download."""
+    """A random Qwen2 of 0.09 million weights and a tokenizer of the demo's words, all trained. No download."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Qwen2Config, Qwen2ForCausalLM
     words = ["<pad>", "<eos>", "<unk>", *demo_words()]
@@ -146,7 +146,7 @@ def demo_policy(seed: int, **kwargs) -> Policy:
 
 
 def tiny_vl_policy(seed: int, texts: list[str], **kwargs) -> Policy:
-    """A random Qwen2.5-VL of 0.3 million weights that looks at images in patches of 7 pixels, with a tokenizer made from `texts`. No download."""
+    """A random Qwen2.5-VL of 0.4 million weights that looks at images in patches of 7 pixels, with a tokenizer made from `texts`. No download."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     special = ["<pad>", "<eos>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<think>", "</think>", "<answer>", "</answer>"]

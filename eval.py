@@ -365,7 +365,9 @@ def evaluate_model(name: str, args) -> list[tuple[dict, list]]:
                 result |= by_likelihood(policy, items, f"{label}likelihood")
             if args.rotate and items[0].task == "choice":
                 result["rotated_agreement"] = rotated_agreement(policy, greedy, config, f"{label}rotated")
-            if args.blind and any(item.image is not None for item in items):
+            if args.blind and all(item.image is None for item in items):
+                print(f"{config.dataset}: --blind needs items with images", file=sys.stderr)
+            elif args.blind:
                 result |= looking(policy, greedy, config, label)
             if args.save_images:
                 folder = Path(args.save_images)
@@ -464,6 +466,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.models:
         if not Path(name).is_dir() and (data.is_path(name) or not data.cached(name, "config.json", "model") and not data.online()):
             raise UsageError(f"{name}: no such folder" + ("" if data.is_path(name) else ", and the hub cannot be reached"))
+        if Path(name).is_dir() and not runs.read_run(name) and not (Path(name) / "config.json").is_file():
+            raise UsageError(f"{name}: neither a run folder (no run.json) nor a Hugging Face folder (no config.json)")
     if args.ask:
         policy, run = runs.open_policy(args.models[0], policies.pick_device(args.device), **{k: v for k in ("template", "stop_answer") if (v := getattr(args, k))})
         print(answer(policy, [Item("ask", "choice", args.ask, (), "")], settings(args, run, style=(args.style or [None])[0]))[0].text.strip())

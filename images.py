@@ -233,6 +233,12 @@ def medmnist_items(name: str, split: str, data_dir: str | None) -> list[Item]:
     return [Item(f"{name}-{split}-{i}", kind, question, options, options[gold], image=pixels[i]) for i, gold in enumerate(golds)]
 
 
+def medmnist_cached(name: str) -> bool:
+    """Whether it need not be downloaded."""
+    base, _, size = name.partition("-")
+    return (cache_dir() / "medmnist" / (f"{base}.npz" if size == "28" else f"{base}_{size or 224}.npz")).is_file()
+
+
 def medmnist_file(base: str, sizes: tuple[int, ...], data_dir: str | None) -> Path:
     """The first of the sizes that lies in `data_dir`; without one the first size of all, from the cache or the network."""
     names = [f"{base}.npz" if size == 28 else f"{base}_{size}.npz" for size in sizes]
@@ -452,7 +458,7 @@ def own_boxes(row: dict, where: str, image: tuple[str, ...]) -> tuple:
     width, height = size_of(image[0], where)
     for box in boxes:
         if not isinstance(box, list) or len(box) != 4 or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in box):
-            raise UsageError(f"{where}: the box {str(box)[:80]} is not [x1, y1, x2, y2] in numbers")
+            raise UsageError(f"{where}: the box {str(box)[:80]} is not [x1, y1, x2, y2] in numbers; 'boxes' is a list of such lists")
         if not inside(box, (width, height)):                                  # false also for NaN
             raise UsageError(f"{where}: the box {str(box)[:80]} must have x1 < x2 and y1 < y2 and lie inside the image of {width} x {height} pixels")
     return tuple(sorted(map(tuple, boxes)))

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import images
 import policy as policies
 from data import UsageError
 from policy import Policy, collate
@@ -32,6 +33,8 @@ def check_hub(config) -> None:
         missing.append((config.model, "--model DIR with a model folder"))
     if config.dataset in ("medqa", "medqa-4") and not config.data_dir and not data.cached("bigbio/med_qa", "data_clean.zip", "dataset"):
         missing.append(("MedQA (132 MB)", "--data-dir DIR with the unpacked data_clean.zip of bigbio/med_qa"))
+    if images.is_medmnist(config.dataset) and not config.data_dir and not images.medmnist_cached(config.dataset):
+        missing.append((f"{config.dataset}'s file", f"--data-dir DIR with the .npz of {config.dataset}"))
     if missing and not data.online():
         raise UsageError(f"not on this machine, and the hub cannot be reached: {' and '.join(what for what, _ in missing)}. "
                          f"Connect to the network, or give {' and '.join(way for _, way in missing)}")
@@ -97,7 +100,6 @@ def fit(config, shape, total: int, trained: int, prompt: int, on_cpu: bool, free
 
 def longest(policy: Policy, items: list, config, n: int) -> list:
     """About the n longest prompts, the longest first: measured among those with the longest texts and those with the largest images, since measuring all takes minutes."""
-    import images
     texts = sorted(items, key=lambda item: -len(item.question) - sum(map(len, item.options)) - len(item.knowledge))[:4 * n]
     area = lambda item: sum(w * h for w, h in map(images.size_of, images.sources(item)))
     shown = [item for item in items if item.image is not None]

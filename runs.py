@@ -26,11 +26,9 @@ MADE_HERE = ("", "tiny-vl")             # values of --model for which the model 
 
 # ------------------------------------------------------------------------------------------------- reading
 def run_of(path: str) -> tuple[Path, Path | None]:
-    """A run folder, or one of its checkpoints such as RUN/checkpoints/best -> the run, and the checkpoint meant: the newest whole one unless named."""
+    """RUN, or one of its checkpoints by name such as RUN/checkpoints/best -> the run folder, and the checkpoint named."""
     path = Path(path)
-    if path.parent.name == "checkpoints" and (path / "state.json").is_file():
-        return path.parent.parent, path
-    return path, newest_checkpoint(path)
+    return (path.parent.parent, path) if path.parent.name == "checkpoints" and (path / "state.json").is_file() else (path, None)
 
 
 def read_run(path: str) -> dict:
@@ -78,7 +76,8 @@ def open_policy(path: str, device: str, **kwargs) -> tuple[Policy, dict]:
     config = read_run(path)
     if not config:
         return Policy.load(path, device, torch.bfloat16 if device.startswith("cuda") else torch.float32, lora=0, **kwargs), {}
-    run, checkpoint = run_of(path)
+    run, named = run_of(path)
+    checkpoint = named or newest_checkpoint(run)
     if checkpoint is None:
         raise UsageError(f"{path} is a run without a finished checkpoint: resume it with train.py --resume {path}")
     try:
@@ -97,7 +96,8 @@ def initial_weights(config, run: Path) -> dict[str, Tensor] | None:
         return None
     if (run / "init.safetensors").exists():
         return load_file(run / "init.safetensors")
-    saved, (_, checkpoint) = read_run(config.init), run_of(config.init)
+    saved, (begun, named) = read_run(config.init), run_of(config.init)
+    checkpoint = named or newest_checkpoint(begun)
     if not saved or checkpoint is None:
         raise UsageError(f"--init {config.init}: no run with a finished checkpoint is there")
     for name in ("model", "full", "lora", "lora_alpha", "lora_targets", "train_vision"):
@@ -139,6 +139,7 @@ def save_checkpoint(run: Path, policy: Policy, optimizer, step: int, keep: int, 
         for path in temporary.iterdir():
             with path.open("rb+") as f:
                 os.fsync(f.fileno())
+            path.chmod(0o644)                                                                 # safetensors writes files that only their owner may read
         shutil.rmtree(final, ignore_errors=True)                                              # left by a resumed run from before
         temporary.rename(final)
         flush_folder(final.parent)

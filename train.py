@@ -2,7 +2,7 @@
 
 Read it with Med-RLVR (arXiv 2502.19655), section 3, or DeepSeekMath (arXiv 2402.03300), Algorithm 1: `train` below is that algorithm, top to bottom.
 Every algorithm is a row of `ALGOS`: settings of the same weighted sum, none has code of its own.
-`python train.py` trains the demo in about a minute on a laptop; `python train.py --dataset medqa` is the paper's task on one GPU.
+`python train.py` trains the demo in about two minutes on a laptop; `python train.py --dataset medqa` is the paper's task on one GPU.
 """
 import argparse
 import difflib
@@ -64,7 +64,7 @@ class Config:
     max_prompt: int = setting(1024, "tokens; a longer prompt is dropped and counted, never cut")
     hackable: bool = setting(False, "demo only: a warm start in which reasoning in front of <think> pays, to watch a reward hack (stage 5)")
     # the model
-    model: str = setting("", "Hugging Face folder or hub name; tiny-vl = a random Qwen2.5-VL of 0.3 million weights, to try things; empty = the demo's tiny model")
+    model: str = setting("", "Hugging Face folder or hub name; tiny-vl = a random Qwen2.5-VL of 0.4 million weights, to try things; empty = the demo's tiny model")
     init: str = setting("", "run folder whose policy to start from, and to keep as the reference")
     device: str = setting("auto", "auto, cpu, cuda")
     template: str = setting("auto", "auto = the tokenizer's chat template where it has one", ("auto", "chat", "plain"))
@@ -478,9 +478,9 @@ def tightened(history: list[dict], tau: float, config: Config) -> float:
 
 
 def troubles(history: list[dict], window: int = 5) -> list[str]:
-    """Why nothing may be learned, looked at every `window` steps, and what to do."""
-    last = [m for m in history[-window:] if "reward" in m]
-    if len(history) % window or len(last) < window:
+    """Why nothing may be learned, and what to do; looked at after 5, 10, 20, 40, ... steps, so that it is said but does not fill the screen."""
+    last, times = [m for m in history[-window:] if "reward" in m], len(history) // window
+    if len(history) % window or len(last) < window or times & (times - 1):
         return []
     found, words = [], f"in the last {window} steps"
     if all(m["groups_equal"] == 1 for m in last):
@@ -570,6 +570,7 @@ def validate(config: Config) -> None:
             raise UsageError(message)
     refuse(config.samples < 2 and config.advantage == "group" and config.algo != "sft", f"--samples {config.samples}: {config.algo} compares the samples of a group, and a group of 1 has nothing to compare; use at least 2")
     images.check(config.dataset, config.data_dir, config.task, config.target)
+    refuse(not data.is_known(config.dataset) and not Path(config.dataset).exists(), f"no data set named {config.dataset!r}, and no file or folder of that name: there are {', '.join(data.DATASETS)}")
     refuse(not config.model and config.dataset not in ("demo", "demo-images"), f"--dataset {config.dataset} needs --model: a Hugging Face folder or hub name")
     for least, names in ((1, ("prompts", "samples", "sample_rows", "max_new", "max_prompt", "steps", "updates", "minibatches", "keep")),
                          (0, ("micro_batch", "eval_samples", "eval_every", "save_every", "min_think", "refills", "limit", "eval_limit", "warmup", "critic_warmup", "kl_coef", "shots", "max_pixels",
@@ -649,6 +650,9 @@ def resumed_config(run: Path, given: dict) -> Config:
         if name == "recipe":
             raise UsageError(f"--resume {run}: a run keeps the settings it began with; leave --recipe out")
         raise UsageError(f"--resume {run}: that run has --{name.replace('_', '-')} {saved[name]!r}, not {given[name]!r}; start a new run to change it")
+    done = runs.newest_checkpoint(run)
+    if done and given.get("steps", saved["steps"]) < int(done.name):
+        raise UsageError(f"--resume {run}: --steps {given['steps']}, and that run stands at step {int(done.name)} already")
     return Config(**(saved | given | {"out": str(run)}))
 
 
@@ -665,6 +669,8 @@ def main(argv: list[str] | None = None) -> None:
     if export and Path(export).exists():
         raise UsageError(f"--export {export} exists: name a new folder")
     if given.pop("dry_run", False):
+        if not resume and given.get("out") and Path(given["out"]).exists():
+            raise UsageError(f"--out {given['out']} exists: go on with it by --resume {given['out']}, or name another folder")
         with tempfile.TemporaryDirectory() as folder:
             return main_run(given | {"out": f"{folder}/run"}, None, began, dry_run=True)
     main_run(given, resume, began, export)
@@ -678,7 +684,9 @@ def export_folder(policy: Policy, run: Path, folder: Path, config: Config, resul
         policy.save_folder(beside)
         facts = "\n".join(f"- {name}: {value}" for name, value in asdict(config).items() if value not in ("", 0, False))
         (beside / "README.md").write_text(f"# {config.model or config.dataset}, trained by {config.algo} on {config.dataset}\n\nOn the test split before: {evaluation.as_line(results['before'])}.\n"
-                                          f"After: {evaluation.as_line(results['after'])}.\n\nResearch only, no medical device. Settings of the run {run.name}:\n\n{facts}\n", encoding="utf-8")
+                                          f"After: {evaluation.as_line(results['after'])}.\n\nResearch only, no medical device.{' AutoProcessor needs torchvision.' if policy.image_processor else ''} Settings of the run {run.name}:\n\n{facts}\n", encoding="utf-8")
+        for path in beside.iterdir():
+            path.chmod(0o644)                                                                 # safetensors writes files that only their owner may read
         beside.rename(folder)
     print(f"exported to {folder}")
 
@@ -710,7 +718,7 @@ def main_run(given: dict, resume: Path | None, began: float, export: str = "", d
         run.mkdir(parents=True, exist_ok=True)
         runs.write_json(run / "run.json", facts)                                                   # so that a kill from here on leaves a run to resume
         if config.init:
-            shutil.copytree(Path(config.init) / "model", run / "model")
+            shutil.copytree(runs.run_of(config.init)[0] / "model", run / "model")
         else:
             first_policy(config, run, splits, results, dry_run)
             runs.write_json(run / "eval.json", results)

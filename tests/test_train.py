@@ -185,7 +185,7 @@ def test_same_seed_same_first_samples(model_dir):
 # --------------------------------------------------------------------------------------------- command line
 @pytest.mark.parametrize("flags, words", [
     (["--setps", "3"], "--steps"), (["--samples", "1"], "group of 1"), (["--top-p", "0.9"], "--top-p"), (["--algo", "gpro"], "choose from"),
-    (["--dataset", "nothing"], "--model"), (["--temperature", "0"], "above 0"), (["--w-format", "2"], "--w-format"),
+    (["--dataset", "nothing"], "demo, demo-images, medqa"), (["--temperature", "0"], "above 0"), (["--w-format", "2"], "--w-format"),
     (["--device", "cuda"], "cuda"), (["--lora", "0", "--no-full"], "--full"), (["--device", "gpu"], "--device gpu"), (["--model", "./no/such"], "no such folder"), (["--lr", "nan"], "--lr"),
     (["--micro-batch", "-1"], "--micro-batch"), (["--algo", "ppo", "--kl", "k3"], "k1"), (["--init", "nowhere"], "--init nowhere"), (["--steps", "x"], "invalid int"), (["--resume", "/nowhere"], "run.json"),
     (["--max-prompt", "5"], "--max-prompt 5")])
@@ -484,3 +484,16 @@ def test_a_resumed_run_on_another_number_of_threads_says_so_and_goes_on(model_di
     (out / "run.json").write_text(json.dumps(facts | {"machine": facts["machine"] | {"threads": 99}}))
     train.main(["--resume", str(out), "--steps", "2"])
     assert "no longer bit for bit" in capsys.readouterr().err and len((out / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_fewer_steps_than_are_done_are_refused(model_dir, tmp_path):
+    out = run(model_dir, tmp_path / "run", "--steps", "3")
+    with pytest.raises(UsageError, match="stands at step 3"):
+        train.main(["--resume", str(out), "--steps", "2"])
+    assert json.loads((out / "run.json").read_text())["config"]["steps"] == 3
+    with pytest.raises(UsageError, match="exists"):
+        train.main(["--out", str(out), "--dry-run"])
+    with pytest.raises(UsageError, match="neither a run folder"):
+        evaluation.main([str(tmp_path)])
+    with pytest.raises(UsageError, match="no data set named 'nope.jsonl'"):
+        train.main(["--dataset", "nope.jsonl"])
