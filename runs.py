@@ -35,8 +35,8 @@ def read_run(path: str) -> dict:
     """The config of a run folder, {} where `path` is none (a model folder or a hub name)."""
     file = run_of(path)[0] / "run.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["config"] if file.is_file() else {}
-    except (ValueError, KeyError, TypeError) as error:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["config"]) if file.is_file() else {}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{file} is damaged ({type(error).__name__}: {error}): start a new run") from None
 
 
@@ -44,13 +44,17 @@ def newest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint whose files match their checksums; a damaged one is named and passed over."""
     for state in sorted((run / "checkpoints").glob("[0-9]*[0-9]/state.json"), reverse=True):
         try:
-            sums = json.loads(state.read_text(encoding="utf-8"))["sha256"]
-            if all(checksum(state.parent / name) == expected for name, expected in sums.items()):
+            content = json.loads(state.read_text(encoding="utf-8"))
+            if content.pop("own_sha256") == own_sum(content) and all(checksum(state.parent / name) == total for name, total in content["sha256"].items()):
                 return state.parent
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
         print(f"{state.parent} is damaged (its checksums do not match): the one before it is used", file=sys.stderr)
     return None
+
+
+def own_sum(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def checksum(path: Path) -> str:
@@ -135,7 +139,8 @@ def save_checkpoint(run: Path, policy: Policy, optimizer, step: int, keep: int, 
         save_file(weights, temporary / "policy.safetensors")
         save_file(moments, temporary / "optimizer.safetensors")
         sums = {path.name: checksum(path) for path in sorted(temporary.iterdir())}
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state, "sha256": sums}), encoding="utf-8")
+        state = {"step": step, **state, "sha256": sums}
+        (temporary / "state.json").write_text(json.dumps(state | {"own_sha256": own_sum(state)}), encoding="utf-8")
         for path in temporary.iterdir():
             with path.open("rb+") as f:
                 os.fsync(f.fileno())

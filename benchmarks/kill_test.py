@@ -142,9 +142,10 @@ def faults(name: str, flags: list[str], folder: Path, times: int) -> int:
     """Files that differ after the disk filled up while a checkpoint was written, and after bytes of the newest checkpoint were flipped."""
     rng, wrong = random.Random(f"faults {name}"), 0
     whole = folder / "whole"
+    largest = max(path.stat().st_size for path in runs.newest_checkpoint(whole).iterdir())
     for number in range(times):
         run = folder / f"fault-{number}"
-        limit = rng.randrange(20_000, 400_000)
+        limit = rng.randrange(20_000, largest)
         code = ended(child(["--out", str(run), *flags], folder / "log", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
         full = code == 2 and "could not be written" in (folder / "log").read_text(encoding="utf-8")
         if not full:
@@ -180,7 +181,7 @@ def main() -> None:
         if ended(pid):
             raise SystemExit("the models could not be made")
         for name in args.studies:
-            folder = Path(work) / name
+            folder = Path(work) / f"study-{name}"
             folder.mkdir()
             flags = [*COMMON.split(), *STUDIES[name].split(), "--model", f"{work}/{'images' if name == 'images' else 'text'}"]
             found = study(name, flags, folder, args.kills)
