@@ -34,10 +34,17 @@ def run_of(path: str) -> tuple[Path, Path | None]:
 def read_run(path: str) -> dict:
     """The config of a run folder, {} where `path` is none (a model folder or a hub name)."""
     file = run_of(path)[0] / "run.json"
+    config = read_json(file, "start a new run").get("config") if file.is_file() else {}
+    if not isinstance(config, dict):
+        raise UsageError(f"{file} is damaged (no 'config' in it): start a new run")
+    return config
+
+
+def read_json(file: Path, way_on: str) -> dict:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["config"]) if file.is_file() else {}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"{file} is damaged ({type(error).__name__}: {error}): start a new run") from None
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        raise UsageError(f"{file} is damaged ({type(error).__name__}: {' '.join(str(error).split())}): {way_on}") from None
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -706,13 +706,13 @@ def main_run(given: dict, resume: Path | None, began: float, export: str = "", d
              "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
              "machine": {"threads": torch.get_num_threads(), "device": policies.pick_device(config.device)}}
     if resume:
-        saved = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        saved = runs.read_json(run / "run.json", "start a new run")
         if saved["data"] != facts["data"]:
             raise UsageError(f"--resume {run}: the data set is not the one that this run began with")
         if changed := [name for name in ("versions", "machine") if saved.get(name) != facts[name]]:
             say(f"this run began with {', '.join(str(saved.get(name)) for name in changed)}, and here it is {', '.join(str(facts[name]) for name in changed)}: "
                 "it goes on, equal up to rounding and no longer bit for bit")
-    results = json.loads((run / "eval.json").read_text(encoding="utf-8")) if resume and (run / "eval.json").exists() else {}
+    results = runs.read_json(run / "eval.json", "delete it, and the evaluations are made again") if resume and (run / "eval.json").exists() else {}
     init = runs.initial_weights(config, run)
     if config.model in runs.MADE_HERE and not (run / "model" / "config.json").exists():
         run.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ def test_real_medqa(medqa_dir):
 @pytest.mark.parametrize("row, words", [
     ("{bad", "not JSON"), ("[1]", "one JSON object"), ({"question": "", "options": ["a", "b"], "answer": "A"}, "'question'"),
     ({"question": "Q", "options": ["a"], "answer": "A"}, "'options'"), ({"question": "Q", "options": ["a", "b"], "answer": "C"}, "'C'"),
-    ({"question": "Q", "options": ["a", "b"]}, "None"), ({"question": "Q", "options": ["a", "A "], "answer": "A"}, "same text"),
+    ({"question": "Q", "options": ["a", "b"]}, "no 'answer'"), ({"question": "Q", "options": ["a", "A "], "answer": "A"}, "same text"),
     ({"question": "Q", "options": {"A": "a", "C": "b"}, "answer": "A"}, "without a gap"), ('{"question": "' + "x" * data.MAX_LINE + '"}', "limit"),
     ({"question": "Q", "options": [1, 2], "answer": "A"}, "'options'"), ("[" * 100_000, "not JSON"), ('{"question": "Q", "n": ' + "1" * 5000 + "}", "not JSON"), ('{"question": "\\ud800"}', "not JSON"), ({"question": "Q", "options": ["a", "b"], "answer": "AB"}, "'AB'")])
 def test_own_jsonl_refuses_by_file_and_line(tmp_path, row, words):
