@@ -118,7 +118,7 @@ def test_the_demo_is_the_same_in_every_process():
     """It once came out of the iteration of a set of words, which differs from process to process."""
     code = "import data; print([data.set_fingerprint(data.load('demo', s)) for s in data.SPLITS], [i.id for i in data.batch_for_step(data.load('demo', 'dev'), 3, 5, (1, 2))])"
     outputs = {subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, cwd=Path(data.__file__).parent, capture_output=True, text=True,
-                              check=True).stdout for seed in "0123"}
+                              check=True).stdout for seed in "01"}
     assert len(outputs) == 1
 
 
