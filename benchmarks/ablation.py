@@ -194,12 +194,12 @@ def main() -> None:
         rows = [r for r in json.loads(Path(args.add).read_text(encoding="utf-8"))["rows"] if (r["arm"], r["seed"]) not in here] + rows
     lines = summarise(rows)
     print(table(lines))
-    if args.png:
-        draw(rows, args.png)
     if args.json:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         facts = {"task": args.task, "study": STUDY, "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit, "summary": lines, "rows": rows}
-        Path(args.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        Path(args.json).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    if args.png:
+        draw(rows, args.png)
 
 
 if __name__ == "__main__":
