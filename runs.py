@@ -132,7 +132,7 @@ def writing(run: Path, what: str, size: int = 0):
     except (OSError, SafetensorError) as error:
         shutil.rmtree(run / "checkpoints" / ".tmp", ignore_errors=True)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        there = f"it takes {size / 1e6:,.1f} MB, and {shutil.disk_usage(run).free / 1e6:,.1f} MB are free" if run.is_dir() else "the folder is gone"
+        there = f"{f'it takes {size / 1e6:,.1f} MB, and ' if size else ''}{shutil.disk_usage(run).free / 1e6:,.1f} MB are free" if run.is_dir() else "the folder is gone"
         raise UsageError(f"{run}: {what} could not be written ({reason}); {there}. What was written before is whole: make room, then train.py --resume {run}") from None
 
 

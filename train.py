@@ -680,7 +680,7 @@ def export_folder(policy: Policy, run: Path, folder: Path, config: Config, resul
     """The trained policy as a plain Hugging Face folder: adapters merged, tokenizer, generation config, and a README with the run's facts."""
     beside = folder.with_name(f"{folder.name}.tmp")
     policy.merge()
-    with runs.writing(folder.parent, f"the export {folder}"):
+    with runs.writing(run, f"the export {folder}"):
         policy.save_folder(beside)
         facts = "\n".join(f"- {name}: {value}" for name, value in asdict(config).items() if value not in ("", 0, False))
         (beside / "README.md").write_text(f"# {config.model or config.dataset}, trained by {config.algo} on {config.dataset}\n\nOn the test split before: {evaluation.as_line(results['before'])}.\n"

@@ -476,6 +476,9 @@ def test_an_export_is_a_plain_model_that_writes_the_same(flags, model_dir, tmp_p
     assert "trained by grpo" in (tmp_path / "export" / "README.md").read_text()
     with pytest.raises(UsageError, match="exists"):
         train.main(["--resume", str(out), "--export", str(tmp_path / "export")])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=f"export.*{tmp_path / 'file'}.*--resume {out}$"):                 # its own run is named, not the export's folder
+        train.main(["--resume", str(out), "--export", str(tmp_path / "file" / "export")])
 
 
 def test_a_resumed_run_on_another_number_of_threads_says_so_and_goes_on(model_dir, tmp_path, capsys):
