@@ -24,6 +24,7 @@ from tqdm import tqdm
 import data
 import images
 import policy as policies
+import ranks
 import rewards
 import runs
 from data import Item, UsageError
@@ -151,17 +152,17 @@ def bootstrap_metrics(function, *columns, seed: int = 0, draws: int = 1000) -> d
 
 def answer(policy, items: list[Item], config, *, n: int = 1, temperature: float = 0.0, seed: int = 0, rows: int = 128, label: str = ""):
     """Sample and grade n completions of each item; graded rollouts in the items' order. `rows` at a time, which changes no result."""
-    rollouts, batch = [], max(1, rows // n)
-    bar = tqdm(total=len(items), desc=label, unit="item", leave=False, disable=None if label else True)
-    for start in range(0, len(items), batch):
-        part = slice(start, start + batch)
+    rollouts, batch, mine = [], max(1, rows // n), ranks.share(len(items))
+    bar = tqdm(total=len(mine), desc=label, unit="item", leave=False, disable=None if label and ranks.rank() == 0 else True)
+    for start in mine[::batch]:
+        part = slice(start, min(start + batch, mine.stop))
         for rollout in policy.sample(items[part], n, config.max_new, temperature, seed, first_row=start * n, style=config.style):
             rollout.group += start
             rollout.pictures = None                                           # pixels and features are not needed any more
             rollouts.append(graded(rollout, config))
         bar.update(len(items[part]))
     bar.close()
-    return rollouts
+    return ranks.gathered(rollouts)
 
 
 def graded(rollout, config):
@@ -217,7 +218,8 @@ def likelihoods(policy, item: Item) -> list[float]:
 
 def by_likelihood(policy, items: list[Item], label: str = "") -> dict:
     """Accuracy of the likeliest letter or class, and for classes the area under the ROC curve."""
-    scores = [likelihoods(policy, item) for item in tqdm(items, desc=label, unit="item", leave=False, disable=None if label else True)]
+    mine = [items[i] for i in ranks.share(len(items))]
+    scores = ranks.gathered([likelihoods(policy, item) for item in tqdm(mine, desc=label, unit="item", leave=False, disable=None if label and ranks.rank() == 0 else True)])
     names = lambda item: list(rewards.LETTERS[:len(item.options)]) if item.task == "choice" else list(map(str, item.options))
     right = [names(item)[int(np.argmax(of_item))] == str(item.answer) for item, of_item in zip(items, scores)]
     found = {"likelihood_accuracy": sum(right) / len(right), "likelihood_ci95": list(wilson(sum(right), len(right)))}
@@ -319,7 +321,7 @@ def fitting(policy, items: list[Item], config, what: str = "") -> list[Item]:
     """The items whose prompt is within max_prompt tokens. None is ever truncated; how many are dropped is said."""
     kept = [item for item, ids in zip(items, policy.encode(items, config.style)) if len(ids) <= config.max_prompt]
     if len(kept) < len(items):
-        print(f"{what}{len(items) - len(kept)} of {len(items)} prompts are longer than --max-prompt {config.max_prompt} tokens: dropped", file=sys.stderr)
+        ranks.say(f"{what}{len(items) - len(kept)} of {len(items)} prompts are longer than --max-prompt {config.max_prompt} tokens: dropped")
     if not kept:
         smaller = ", or shrink the images by --max-pixels" if any(item.image is not None for item in items) else ""
         raise UsageError(f"{what}no prompt is within --max-prompt {config.max_prompt} tokens: raise it{smaller}")
@@ -360,16 +362,16 @@ def evaluate_model(name: str, args) -> list[tuple[dict, list]]:
             if run:
                 result["seen_in_training"] = seen_in_training(items, run)
             if args.likelihood and not all(item.options for item in items):
-                print(f"{config.dataset}: --likelihood needs items with options or classes; boxes have none", file=sys.stderr)
+                ranks.say(f"{config.dataset}: --likelihood needs items with options or classes; boxes have none")
             elif args.likelihood:
                 result |= by_likelihood(policy, items, f"{label}likelihood")
             if args.rotate and items[0].task == "choice":
                 result["rotated_agreement"] = rotated_agreement(policy, greedy, config, f"{label}rotated")
             if args.blind and all(item.image is None for item in items):
-                print(f"{config.dataset}: --blind needs items with images", file=sys.stderr)
+                ranks.say(f"{config.dataset}: --blind needs items with images")
             elif args.blind:
                 result |= looking(policy, greedy, config, label)
-            if args.save_images:
+            if args.save_images and ranks.rank() == 0:
                 folder = Path(args.save_images)
                 if len(args.models) * len(args.dataset or [0]) * len(args.style or [0]) > 1:
                     folder /= re.sub(r"[^A-Za-z0-9.-]", "_", f"{Path(name).name} {config.dataset} {config.style}")
@@ -452,6 +454,7 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     policies.quiet()
+    ranks.start()
     for path in filter(None, (args.json, args.answers)):                      # before an hour of sampling, not after
         if Path(path).is_dir() or not Path(path).resolve().parent.is_dir():
             raise UsageError(f"{path} cannot be written: it is a folder, or its folder does not exist")
@@ -476,6 +479,8 @@ def main(argv: list[str] | None = None) -> None:
         for dataset in args.dataset or [None]:
             load_items(settings(args, runs.read_run(name), dataset), args.split, args.limit)
     found = [evaluate_model(name, args) for name in args.models]
+    if ranks.rank():
+        return
     results = [result for of_model in found for result, _ in of_model]
     comparisons = [compare(a, b) for of_model in found[1:] for a, b in zip(found[0], of_model) if a[0]["dataset"] == b[0]["dataset"]]
     comparisons += [compare(of_model[0], other) for of_model in found for other in of_model[1:] if other[0]["dataset"] == of_model[0][0]["dataset"]]

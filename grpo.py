@@ -196,8 +196,23 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     return .5 * (weights[:, None] * torch.where(mask.bool(), error, 0)).sum()
 
 
+def example(rewards=(1, 0, 0, 1), scale: str = "std", mode: str = "sequence") -> str:
+    """One group of four answers to one question, from rewards to the gradient of each token's log-prob, as a table."""
+    rewards, lengths = torch.tensor(rewards, dtype=torch.float32), torch.tensor([2, 4, 1, 1])
+    advantages = group_advantages(rewards, torch.zeros(4), scale)
+    weights = token_weights(lengths, mode, max_new=4)
+    mask = torch.arange(4) < lengths[:, None]                                 # [N, T]
+    logps = torch.full((4, 4), .5).log().requires_grad_()                     # each token had probability 1/2, now as when it was sampled: rho = 1
+    loss, _ = policy_loss(logps, logps.detach(), advantages, mask, weights)
+    loss.backward()
+    rows = [f"{'reward':>6} {'A_i':>7} {'tokens':>6} {'w_i':>7}   d loss / d log pi(o_t) = - w_i A_i: what pushes a token up (-) or down (+)"]
+    for i in range(4):
+        rows.append(f"{rewards[i]:6.0f} {advantages[i]:+7.3f} {lengths[i]:6d} {weights[i]:7.4f}   {'  '.join(f'{g:+.4f}' for g in logps.grad[i, :lengths[i]])}")
+    return "\n".join([*rows, f"loss {loss.item():+.4f}: no measure of anything; the gradient is what counts"])
+
+
 if __name__ == "__main__":
     import doctest
     failed, tried = doctest.testmod()
-    print(f"grpo.py: {tried - failed} of {tried} doctest lines hold")
+    print(f"grpo.py: {tried - failed} of {tried} doctest lines hold\n\nOne group (scale='std', weights='sequence'):\n{example()}")
     raise SystemExit(bool(failed))

@@ -5,23 +5,18 @@ table, chooses how many prompts a pass takes, and runs the longest batch once. N
 The arithmetic is in bytes: LoRA keeps a frozen base (bf16 on a GPU) and trains fp32 adapters, --full trains fp32 weights; Adam keeps two fp32 moments.
 """
 import math
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import data
 import images
 import policy as policies
 from data import UsageError
 from policy import Policy, collate
-
-
-def say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
+from ranks import say
 
 
 def check_hub(config) -> None:
@@ -153,7 +148,7 @@ def smaller(config, name: str, where: str) -> int:
         raise UsageError(f"{where}: out of memory with one prompt at a time; fewer --samples, a smaller --max-new, adapters instead of --full, or --checkpointing would help") from None
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    say(f"{where}: out of memory; going on with --{name.replace('_', '-')} {max(least, value // 2)}, which changes nothing but rounding")
+    say(f"{where}: out of memory; going on with --{name.replace('_', '-')} {max(least, value // 2)}, which changes nothing but rounding", everyone=True)
     return max(least, value // 2)
 
 

@@ -443,8 +443,21 @@ def grade(item, text: str, config, finished: bool = True, n_tokens: int | None =
     return Grade(total, parts, parsed, correct, predicted)
 
 
+def example() -> str:
+    """One question and four completions, from text to parts, reward and stage, as a table."""
+    from types import SimpleNamespace as Plain
+    item = Plain(task="choice", options=("asthma", "gout"), answer="B", knowledge="", frame=())
+    config = Plain(reward="med-rlvr", strict=False, style="think", w_format=1, w_leak=.5, w_before=0, w_short=0, w_overlong=0, recite=0, min_think=30, overlong_share=.2, max_new=64)
+    rows = [f"{'reward':>6}  {'parts that are not 0':<36} {'stage':<21} completion"]
+    for text in ("<think> a swollen red toe, high urate </think> <answer> B </answer>", "<think> gout </think> <answer> B </answer>", "<think> a wheeze </think> <answer> A </answer>", "It is B."):
+        found = grade(item, text, config, n_tokens=16)
+        parts = ", ".join(f"{name} {value:.2g}" for name, value in found.parts.items() if value and name != "short")
+        rows.append(f"{found.total:+6.1f}  {parts:<36} {stage(found.parsed, item, 16):<21} {text}")
+    return "\n".join(rows)
+
+
 if __name__ == "__main__":
     import doctest
     failed, tried = doctest.testmod()
-    print(f"rewards.py: {tried - failed} of {tried} doctest lines hold")
+    print(f"rewards.py: {tried - failed} of {tried} doctest lines hold\n\nOne question (gold B), reward med-rlvr with --w-leak 0.5:\n{example()}")
     raise SystemExit(bool(failed))

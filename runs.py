@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import ranks
 from data import UsageError
 from policy import Policy, Rollout
 
@@ -138,6 +139,8 @@ def writing(run: Path, what: str, size: int = 0):
 
 def save_checkpoint(run: Path, policy: Policy, optimizer, step: int, keep: int, state: dict, best: bool = False) -> None:
     """run/checkpoints/000020, or best: policy.safetensors, optimizer.safetensors, state.json with their checksums. Written beside, flushed to disk, then renamed."""
+    if ranks.rank():
+        return
     weights, moments = tensors_of(policy, optimizer)
     final, temporary = run / "checkpoints" / ("best" if best else f"{step:06d}"), run / "checkpoints" / ".tmp"
     with writing(run, f"the checkpoint of step {step}", sum(t.nbytes for t in (*weights.values(), *moments.values()))):
@@ -180,8 +183,9 @@ def restore(run: Path, policy: Policy, optimizer) -> tuple[int, dict]:
     optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": optimizer.state_dict()["param_groups"]})
     saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     step = saved["step"]
+    ranks.gathered([])                                                                        # all have read before one deletes
     for later in (run / "checkpoints").glob("[0-9]*[0-9]"):                                   # damaged ones: they must not count among those to keep
-        if int(later.name) > step:
+        if int(later.name) > step and ranks.rank() == 0:
             shutil.rmtree(later)
     return step, saved
 
@@ -192,7 +196,7 @@ class Log:
 
     def __init__(self, run: Path, step: int):
         self.run, self.files = run, {}
-        for name in ("metrics", "rollouts", "timing"):
+        for name in ("metrics", "rollouts", "timing") if ranks.rank() == 0 else ():
             path = run / f"{name}.jsonl"
             lines = path.open(encoding="utf-8").readlines() if path.exists() else []          # not splitlines: a text may hold U+2028
             whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -200,13 +204,14 @@ class Log:
             beside.write_text("".join(whole), encoding="utf-8")
             beside.replace(path)
             self.files[name] = path.open("a", encoding="utf-8")
+        ranks.gathered([])                                                                    # the others read metrics.jsonl next
 
     def write(self, metrics: dict, rollouts: list[Rollout], timing: dict) -> None:
         step = metrics["step"]
         samples = [{"step": step, "group": r.group, "id": r.item.id, "question": r.item.question, "options": r.item.options, "gold": r.item.answer, "text": r.text,
                     "reward": r.reward, "parts": r.parts, "advantage": r.advantage, "correct": r.correct, "finished": r.finished,
-                    "tokens": len(r.completion_ids)} for r in rollouts]
-        for name, rows in (("rollouts", samples), ("timing", [{"step": step} | timing]), ("metrics", [metrics])):
+                    "tokens": len(r.completion_ids), "frame": r.item.frame, **r.closer} for r in rollouts]
+        for name, rows in (("rollouts", samples), ("timing", [{"step": step} | timing]), ("metrics", [metrics])) if self.files else ():
             with writing(self.run, f"{name}.jsonl of step {step}"):
                 self.files[name].write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
                 self.files[name].flush()
@@ -217,6 +222,8 @@ class Log:
 
 
 def write_json(path: Path, content: dict) -> None:
+    if ranks.rank():
+        return
     beside = path.with_suffix(".tmp")
     with writing(path.parent, path.name):
         beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -34,11 +34,13 @@ import grpo
 import images
 import policy as policies
 import preflight
+import ranks
+import report
 import rewards
 import runs
 from data import UsageError
 from policy import Policy, Rollout, collate
-from preflight import say
+from ranks import say
 
 
 def setting(default, help: str, choices=None):
@@ -136,6 +138,7 @@ class Config:
     save_every: int = setting(20, "steps between checkpoints; the last step is always saved")
     keep: int = setting(2, "checkpoints kept")
     log_groups: int = setting(1, "groups a step written to rollouts.jsonl")
+    report_every: int = setting(0, "steps between reports, written to report.html in the run folder; one is always written at the end")
 
 
 # Flags beat a data set's defaults, and both beat the algorithm's row. Learning rates are for adapters unless said otherwise.
@@ -199,7 +202,7 @@ def train(config: Config, run: Path, policy: Policy, splits: dict, stopping: lis
     log = runs.Log(run, first)
     history = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
     begin = config.tau
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="train", unit="step", disable=None)
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="train", unit="step", disable=None if ranks.rank() == 0 else True)
     for step in bar:
         start = time.perf_counter()
         if config.box_reward == "tighten":
@@ -223,8 +226,12 @@ def train(config: Config, run: Path, policy: Policy, splits: dict, stopping: lis
             metrics["alarms"] = found
         for message in (*troubles(history), *(f"ALARM: {text}" for text in found)):
             say(f"step {step + 1}: {message}")
-        log.write(metrics, rollouts[:config.log_groups * config.samples],
+        shown = rollouts[:config.log_groups * config.samples]
+        look_closer(policy, shown, config)
+        log.write(metrics, shown,
                   {"sample_s": sampled - start, "step_s": time.perf_counter() - start, "tokens": sum(len(r.completion_ids) for r in rollouts), "micro_batch": config.micro_batch})
+        if config.report_every and ranks.rank() == 0 and (step + 1) % config.report_every == 0:
+            report.write(run, items=splits["train"])
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "accuracy", "length") if name in metrics})
         secure(run, policy, optimizer, history, config, stopping)
     log.close()
@@ -236,6 +243,7 @@ def secure(run: Path, policy: Policy, optimizer, history: list[dict], config: Co
     save = lambda **kwargs: runs.save_checkpoint(run, policy, optimizer, step, config.keep, {name: getattr(config, name) for name in SIZES}, **kwargs)
     if "dev_accuracy" in history[-1] and dev[-1] > max(dev[:-1], default=-1):
         save(best=True)                                                                       # first: once the next one is there, this step is not done again
+    stopping = ranks.gathered(list(stopping))                                                # a signal may reach one process a step before another
     hopeless = len(history) >= NON_FINITE and all(m.get("skipped") == 1 for m in history[-NON_FINITE:])
     if step == config.steps or (config.save_every and step % config.save_every == 0) or stopping or hopeless:
         save()
@@ -252,7 +260,7 @@ def stop_signals():
     """Within it SIGINT and SIGTERM let the step finish: their number appears in the list. A second one ends the process at once."""
     seen: list[int] = []
     def handler(number, frame):
-        if seen:
+        if seen and (ranks.world() == 1 or number in seen):                                   # torchrun sends SIGTERM after the SIGINT that all got
             os._exit(128 + number)
         seen.append(number)
         say("stopping when this step is done and written; once more stops at once")
@@ -274,18 +282,21 @@ def collect(policy: Policy, items: list, config: Config, step: int) -> tuple[lis
         if not missing:
             break
         batch = data.batch_for_step(items, step, missing, (config.seed, k) if k else config.seed)
-        rollouts = []
-        while (first := len(rollouts) // config.samples) < missing:
-            part = batch[first:first + max(1, config.sample_rows // config.samples)]
+        mine, rollouts = ranks.share(missing), []
+        while (first := mine.start + len(rollouts) // config.samples) < mine.stop:
+            part = batch[first:min(mine.stop, first + max(1, config.sample_rows // config.samples))]
             try:
-                rollouts += policy.sample(part, config.samples, config.max_new, config.temperature, fold(config.seed, step, k), first_row=len(rollouts), style=config.style)
+                rollouts += policy.sample(part, config.samples, config.max_new, config.temperature, fold(config.seed, step, k), first_row=first * config.samples, style=config.style)
             except torch.OutOfMemoryError:
                 config.sample_rows = preflight.smaller(config, "sample_rows", f"step {step + 1}")
+        rollouts = ranks.gathered(rollouts)
         for first in range(0, len(rollouts), config.samples):
             group = [evaluation.graded(rollout, config) for rollout in rollouts[first:first + config.samples]]
             if config.dynamic and len({rollout.correct for rollout in group}) == 1:
                 dropped += 1
                 continue
+            if group[0].pictures is None:                                                     # sampled by another process
+                group[0].pictures = policy.look(group[0].item, group[0].prompt_ids)
             for rollout in group:
                 rollout.group = len(kept) // config.samples
             kept += group
@@ -383,13 +394,30 @@ def accumulate(policy: Policy, batch: policies.Batch, fixed: Fixed, mini: Tensor
     stats: dict[str, float] = {}
     for p in policy.trainable().values():
         p.grad = None                                                                         # what a first try that ran out of memory left
-    for part in torch.arange(len(mini)).split(config.micro_batch or len(mini)):
+    for part in shares(len(mini), config.micro_batch):
         some = batch.prompts(mini[part])
         loss, terms = loss_of(policy, some, fixed.rows(mini[part], some.mask.shape[2]), weights[part].flatten(), config, step)
         loss.backward()
         for name, value in terms.items():
             stats[name] = max(stats.get(name, 0.0), float(value)) if name.startswith("max_") else stats.get(name, 0.0) + float(value)
-    return stats
+    return summed(policy, stats)
+
+
+def shares(n: int, size: int) -> list[Tensor]:
+    """The indices 0..n-1 that are this process's, in micro-batches of `size`; 0 = all at once."""
+    mine, size = ranks.share(n), size or max(n, 1)
+    return [torch.arange(first, min(first + size, mine.stop)) for first in mine[::size]]
+
+
+def summed(policy: Policy, stats: dict[str, float]) -> dict[str, float]:
+    """The gradient and what is logged, over all processes: the weights already hold the normaliser, so gradients are added, not averaged."""
+    everyone = ranks.gathered([(stats, [name for name, p in policy.trainable().items() if p.grad is not None])])
+    for name, p in policy.trainable().items():
+        if any(name in moved for _, moved in everyone):                                       # not in the critic's warm-up, for one
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            ranks.add_up(p.grad)
+    merge = lambda name: (max if name.startswith("max_") else sum)(of_one[name] for of_one, _ in everyone if name in of_one)
+    return {name: merge(name) for name in dict.fromkeys(name for of_one, _ in everyone for name in of_one)}
 
 
 def gae_advantages(fixed: Fixed, batch: policies.Batch, rewards: list[float], config: Config) -> dict:
@@ -434,13 +462,27 @@ def loss_of(policy: Policy, batch: policies.Batch, fixed: Fixed, weights: Tensor
 def scored(policy: Policy, batch: policies.Batch, config: Config, values_too: bool = True) -> tuple[Tensor, Tensor]:
     """Log-probs and, where there is a critic, values, without gradient, a micro-batch at a time. -> [P, G, T] x 2"""
     logps, values = torch.zeros(batch.mask.shape, device=policy.device), torch.zeros(batch.mask.shape, device=policy.device)
-    for some in torch.arange(len(logps)).split(config.micro_batch or len(logps)):
+    for some in shares(len(logps), config.micro_batch):
         part = batch.prompts(some)
         scores = policy.score(part, config.temperature, values_too)
         logps[some, :, :part.mask.shape[2]] = scores.logps
         if scores.values is not None:
             values[some, :, :part.mask.shape[2]] = scores.values
+    ranks.add_up(logps, values)
     return logps, values
+
+
+@torch.no_grad()
+def look_closer(policy: Policy, rollouts: list[Rollout], config: Config) -> None:
+    """What rollouts.jsonl and the report say of some rollouts after the update: the stage and, of each token, its entropy and pi / pi_sampled."""
+    for first in range(0, len(rollouts), config.samples):
+        group = rollouts[first:first + config.samples]
+        scores = policy.score(collate(group, policy.device), config.temperature, values_too=False)
+        for r, logps, entropy in zip(group, scores.logps[0].tolist(), scores.entropy[0].tolist()):
+            r.closer = {"stage": rewards.stage(r.parsed, r.item, len(r.completion_ids)), "predicted": r.predicted, "pieces": [policy.tokenizer.decode([token]) for token in r.completion_ids],
+                        "entropy": [round(x, 3) for x in entropy[:len(r.completion_ids)]]}
+            if config.algo != "sft":                                                          # nobody sampled those
+                r.closer["ratio"] = [round(math.exp(min(new - old, 50.0)), 3) for new, old in zip(logps, r.sample_logps)]
 
 
 def describe(rollouts: list[Rollout]) -> dict:
@@ -555,12 +597,11 @@ def first_policy(config: Config, run: Path, splits: dict, results: dict, dry_run
         policy = demo.tiny_vl_policy(seed, texts, train_vision=True)
     else:
         policy = demo.demo_policy(seed)
-    if config.model == "tiny-vl" or dry_run:
-        return policy.save_folder(run / "model")
-    for name in demo.warm_start(policy, splits["train"], config):
+    for name in demo.warm_start(policy, splits["train"], config) if config.model != "tiny-vl" and not dry_run else ():
         if name == "clean":
             results["clean"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, label="clean warm start ")
-    policy.save_folder(run / "model")
+    if ranks.rank() == 0:
+        policy.save_folder(run / "model")
 
 
 def validate(config: Config) -> None:
@@ -574,7 +615,7 @@ def validate(config: Config) -> None:
     refuse(not config.model and config.dataset not in ("demo", "demo-images"), f"--dataset {config.dataset} needs --model: a Hugging Face folder or hub name")
     for least, names in ((1, ("prompts", "samples", "sample_rows", "max_new", "max_prompt", "steps", "updates", "minibatches", "keep")),
                          (0, ("micro_batch", "eval_samples", "eval_every", "save_every", "min_think", "refills", "limit", "eval_limit", "warmup", "critic_warmup", "kl_coef", "shots", "max_pixels",
-                              "w_leak", "w_before", "w_short", "w_overlong", "log_groups", "value_clip", "dual_clip"))):
+                              "w_leak", "w_before", "w_short", "w_overlong", "log_groups", "report_every", "value_clip", "dual_clip"))):
         for name in names:
             refuse(not getattr(config, name) >= least, f"--{name.replace('_', '-')} must be at least {least}")
     refuse(config.temperature <= 0, "--temperature must be above 0 in training: greedy samples of a group are all the same")
@@ -664,6 +705,7 @@ def next_free(config: Config) -> str:
 def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     policies.quiet()
+    ranks.start()
     given, resume = read_flags(argv)
     export = given.pop("export", "")
     if export and Path(export).exists():
@@ -694,8 +736,10 @@ def export_folder(policy: Policy, run: Path, folder: Path, config: Config, resul
 def main_run(given: dict, resume: Path | None, began: float, export: str = "", dry_run: bool = False) -> None:
     config = resumed_config(resume, given) if resume else make_config(given)
     validate(config)
-    run = Path(config.out or next_free(config))
-    if run.exists() and not resume:
+    name = config.out or next_free(config)
+    name, there = ranks.gathered([(name, Path(name).exists())])[0]                            # before the first process makes it
+    run = Path(name)
+    if there and not resume:
         raise UsageError(f"--out {run} exists: go on with it by --resume {run}, or name another folder")
     config.out = str(run)
     policies.pick_device(config.device)                                                       # a GPU that is not there is said before anything is loaded
@@ -704,7 +748,7 @@ def main_run(given: dict, resume: Path | None, began: float, export: str = "", d
     splits = load_splits(config)
     facts = {"config": asdict(config), "data": {name: data.set_fingerprint(items) for name, items in splits.items()},
              "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-             "machine": {"threads": torch.get_num_threads(), "device": policies.pick_device(config.device)}}
+             "machine": {"threads": torch.get_num_threads(), "device": policies.pick_device(config.device), "processes": ranks.world()}}
     if resume:
         saved = runs.read_json(run / "run.json", "start a new run")
         if saved["data"] != facts["data"]:
@@ -714,14 +758,15 @@ def main_run(given: dict, resume: Path | None, began: float, export: str = "", d
                 "it goes on, equal up to rounding and no longer bit for bit")
     results = runs.read_json(run / "eval.json", "delete it, and the evaluations are made again") if resume and (run / "eval.json").exists() else {}
     init = runs.initial_weights(config, run)
-    if config.model in runs.MADE_HERE and not (run / "model" / "config.json").exists():
+    if config.model in runs.MADE_HERE and ranks.gathered([not (run / "model" / "config.json").exists()])[0]:
         run.mkdir(parents=True, exist_ok=True)
         runs.write_json(run / "run.json", facts)                                                   # so that a kill from here on leaves a run to resume
-        if config.init:
-            shutil.copytree(runs.run_of(config.init)[0] / "model", run / "model")
-        else:
+        if not config.init:
             first_policy(config, run, splits, results, dry_run)
             runs.write_json(run / "eval.json", results)
+        elif ranks.rank() == 0:
+            shutil.copytree(runs.run_of(config.init)[0] / "model", run / "model")
+        ranks.gathered([])                                                                        # the model is there for all
     policy = Policy.load(runs.base_model(run, asdict(config)), policies.pick_device(config.device), checkpointing=config.checkpointing,
                          keep_reference=config.kl_coef > 0 and config.algo != "sft", critic=config.critic if config.advantage == "gae" else "",
                          init=init, **runs.policy_settings(asdict(config)))
@@ -732,12 +777,12 @@ def main_run(given: dict, resume: Path | None, began: float, export: str = "", d
         config = preflight.preflight(policy, splits["train"], config)
     facts["sizes"] = {name: getattr(config, name) for name in SIZES} | {"head_chunk": policy.head_chunk}
     if dry_run:
-        return print(f"dry run: {len(splits['train'])} items to train on; nothing was written")
+        return say(f"dry run: {len(splits['train'])} items to train on; nothing was written")
     run.mkdir(parents=True, exist_ok=True)
     runs.write_json(run / "run.json", facts)
-    if init is not None:
+    if init is not None and ranks.rank() == 0:
         save_file(init, run / "init.safetensors")
-    print(f"run folder {run}", file=sys.stderr)
+    say(f"run folder {run}")
     if "before" not in results:
         results["before"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, seed=config.seed, label="before ")
         runs.write_json(run / "eval.json", results)
@@ -747,9 +792,12 @@ def main_run(given: dict, resume: Path | None, began: float, export: str = "", d
     results["after"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, seed=config.seed, label="after ")
     runs.write_json(run / "eval.json", results)
     say(f"after: {evaluation.as_line(results['after'])}")
+    if ranks.rank():
+        return
+    report.write(run, items=splits["train"])
     before, after = results["before"], results["after"]
     shown = lambda r: f"{r['accuracy']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}]" + (f" (sampled {r['sampled_accuracy']:.3f})" if "sampled_accuracy" in r else "")
-    print(f"{run}: accuracy {shown(before)} -> {shown(after)}, n {after['n']}, {time.perf_counter() - began:.0f} s")
+    print(f"{run}: accuracy {shown(before)} -> {shown(after)}, n {after['n']}, {time.perf_counter() - began:.0f} s; see {run / 'report.html'}")
     if export:
         export_folder(policy, run, Path(export), config, results)
 

@@ -8,14 +8,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def demo(found: dict) -> str:
-    rows = ["| `--algo` | seed | clean warm start | start | after | time |", "|---|---|---|---|---|---|"]
-    cell = lambda r: f"{r['sampled_accuracy']:.3f} / {r['accuracy']:.3f}"
-    for r in found["rows"]:
-        interval = "[{:.3f}, {:.3f}]".format(*r["after"]["ci95"])
-        rows.append(f"| {r['algo']} | {r['seed']} | {cell(r['clean'])} | {cell(r['before'])} | **{cell(r['after'])}** {interval} | {r['seconds']:.0f} s |")
-    best = [r["explained_variance_best5"] for r in found["rows"] if "explained_variance_best5" in r]
-    return "\n".join(rows) + (f"\n\nAccuracy on {found['rows'][0]['after']['n']} held-out vignettes: sampled at temperature 1 / greedy [95% Wilson interval of the greedy one]. "
-                              f"{found['machine']}. PPO's critic: explained variance up to {min(best):.2f} to {max(best):.2f} (best mean of five steps, by seed). {found.get('note', '')}")
+    rows = ["| `--algo` | steps | spoilt start: sampled | trained: sampled | greedy, and its interval for the lowest seed | minutes |", "|---|---|---|---|---|---|"]
+    between = lambda values, form: f"{min(values):{form}} to {max(values):{form}}"
+    for algo in dict.fromkeys(r["algo"] for r in found["rows"]):
+        of = [r for r in found["rows"] if r["algo"] == algo]
+        greedy, lowest = [r["after"]["accuracy"] for r in of], min((r["after"] for r in of), key=lambda after: after["accuracy"])
+        rows.append(f"| {algo} | {of[0]['steps']} | {between([r['before']['sampled_accuracy'] for r in of], '.2f')} | **{between([r['after']['sampled_accuracy'] for r in of], '.3f')}** | "
+                    f"{between(greedy, '.3f')} [{lowest['ci95'][0]:.3f}, {lowest['ci95'][1]:.3f}] | {between([r['seconds'] / 60 for r in of], '.1f')} |")
+    best, clean = [r["explained_variance_best5"] for r in found["rows"] if "explained_variance_best5" in r], [r["clean"]["sampled_accuracy"] for r in found["rows"]]
+    return "\n".join(rows) + (f"\n\nAccuracy on {found['rows'][0]['after']['n']} held-out vignettes, seeds {', '.join(sorted({str(r['seed']) for r in found['rows']}))}; 95% Wilson intervals; before it is spoilt the model samples "
+                              f"{between(clean, '.3f')}. {found['machine']}. PPO's critic: explained variance up to {between(best, '.2f')} (best mean of five steps, by seed).")
 
 
 def speed(found: dict) -> str:
@@ -54,6 +56,26 @@ def vision(found: dict) -> str:
                               f"of {found['image_tokens'][0]} image tokens, {found['samples']} samples of {found['max_new']} tokens, {found['threads']} CPU threads, fp32. GPU: not measured.")
 
 
+def trl(found: dict) -> str:
+    names = {"step": ("whole step", "TRL as installed", "seconds"), "step_completions": ("", "TRL, head on completions only", "seconds"), "memory": ("peak memory", "TRL as installed", "gb"),
+             "memory_completions": ("", "TRL, head on completions only", "gb"), "sampling": ("sampling", "Hugging Face `generate`", "seconds"), "scoring": ("log-probs and backward", "replicated prompts", "seconds")}
+    rows = ["| | ours | the other | ratio (median; pair by pair) |", "|---|---|---|---|"]
+    for key, (what, peer, unit) in names.items():
+        r, form = found[key], "{:.1f} s" if unit == "seconds" else "{:.1f} GB"
+        rows.append(f"| {what} | {form.format(r[unit])} | {peer}: {form.format(r['peer_' + unit])} | **{r['ratio']:.1f}** ({', '.join(f'{x:.1f}' for x in r['ratios'])}) |")
+    heads = [f"{h['vocabulary']:,} x {h['length']:,}: {h['gb']:.2f} / {h['peer_gb']:.2f}" for h in found["head"]]
+    return "\n".join(rows) + (f"\n\n{found['model']}, {found['prompts']} prompts of {min(found['prompt_tokens'])} to {max(found['prompt_tokens'])} tokens x {found['samples']} samples x {found['max_new']} tokens, "
+                              f"{found['threads']} CPU threads, fp32; trl {found['trl']}, transformers {found['transformers']}, torch {found['torch']}; {found['machine']}; commit {found['commit'][:7]}, {found['date']}. GPU: not measured.\n\n"
+                              f"Memory of the head's pass above 16 tokens' (vocabulary x tokens: ours / full logits, GB): {'; '.join(heads)}.")
+
+
+def sweep(found: dict) -> str:
+    rows = ["| samples | prompt | completion | vocabulary | token counts | sampling | log-probs and backward | peak memory |", "|---|---|---|---|---|---|---|---|"]
+    for r in {tuple(r[k] for k in ("samples", "length", "max_new", "vocabulary")): r for r in found["sweep"]}.values():
+        rows.append(f"| {r['samples']} | {r['length']} | {r['max_new']} | {r['vocabulary']:,} | {r['token_ratio']:.1f} | {r['sampling']['ratio']:.1f} | {r['scoring']['ratio']:.1f} | {r['part_memory']['ratio']:.1f} |")
+    return "\n".join(rows) + "\n\nThe other's figure over ours, one pair a row: a random Qwen2 of 4 layers, hidden size 256, 2 prompts, 2 CPU threads, fp32."
+
+
 def ablation(task: str):
     cell = lambda x, sign="": f"{x[0]:{sign}.3f} [{x[1]:{sign}.3f}, {x[2]:{sign}.3f}]"
     titles = {"start": "start", "sampled": "after: sampled", "greedy": "greedy", "kappa": "kappa"}
@@ -75,7 +97,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = before = readme.read_text(encoding="utf-8")
     for name, file, render in (("demo", "demo", demo), ("speed", "prompt_once", speed), ("compare", "demo_compare", compare), ("real", "real", real), ("vision", "vision_step", vision),
-                               ("grade", "ablation_grade", ablation("grade")), ("outline", "ablation_classify", ablation("classify"))):
+                               ("trl", "vs_trl", trl), ("sweep", "vs_trl_sweep", sweep), ("grade", "ablation_grade", ablation("grade")), ("outline", "ablation_classify", ablation("classify"))):
         path = ROOT / "benchmarks" / "results" / f"{file}.json"
         if path.exists():
             table = render(json.loads(path.read_text(encoding="utf-8")))
