@@ -232,7 +232,10 @@ def train(config: Config, run: Path, policy: Policy, splits: dict, stopping: lis
                   {"sample_s": sampled - start, "step_s": time.perf_counter() - start, "tokens": sum(len(r.completion_ids) for r in rollouts), "micro_batch": config.micro_batch})
         if config.report_every and ranks.rank() == 0 and (step + 1) % config.report_every == 0:
             report.write(run, items=splits["train"])
-        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "accuracy", "length") if name in metrics})
+        figures = {name: f"{metrics[name]:.3f}" for name in ("reward", "accuracy", "length") if name in metrics}
+        bar.set_postfix(figures)
+        if bar.disable and (step + 1) % 10 == 0:                                              # no terminal: a line now and then
+            say(f"step {step + 1} of {config.steps}: {', '.join(f'{name} {value}' for name, value in figures.items())}, {time.perf_counter() - start:.1f} s")
         secure(run, policy, optimizer, history, config, stopping)
     log.close()
 
@@ -559,7 +562,7 @@ def alarms(history: list[dict], window: int = 5, back: int = 10) -> list[str]:
 def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
     """Two groups, in this order: the policy, and the critic with a learning rate of its own."""
     groups = [{"params": list(policy.trainable(part).values()), "lr": lr, "base_lr": lr} for part, lr in (("policy", config.lr), ("critic", config.value_lr))]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=policy.device.type == "cuda")
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
 
 
 def fold(*parts) -> int:

@@ -23,14 +23,14 @@ import demo
 
 FEW = "--steps 2 --prompts 2 --samples 2 --max-new 8 --eval-limit 2"
 TEXT = f"{FEW} --template plain --data-dir SHARED --model TEXT"
-SIGHT = f"{FEW} --model tiny-vl"
+SIGHT = f"{FEW} --model tiny-vl --eval-every 1"
 RULES = [                               # (what a command looks like, the flags added to it); the first that fits
     (r"^python train\.py$", ""),
     (r"train\.py --recipe med-rlvr", f"{TEXT} --samples 1 --minibatches 2 --max-prompt 4096 --out runs/medqa-ppo-1"),
     (r"train\.py --dataset medqa", f"{TEXT} --max-prompt 4096"),
     (r"train\.py --resume runs/medqa-grpo-1|train\.py --resume RUN --export", ""),
     (r"eval\.py (runs/medqa-grpo-1|MODEL)", "--limit 2 --data-dir SHARED --max-new 8"),
-    (r"train\.py --(algo (sft|grpo)|scale|samples|kl-coef|reward)", "--steps 2 --eval-limit 8 --model TEXT --template plain"),
+    (r"train\.py --(algo (sft|grpo|A)\b|scale|samples|kl-coef|reward)", "--steps 2 --eval-limit 8 --model TEXT --template plain"),
     (r"train\.py --hackable", "--steps 2 --eval-limit 8"),
     (r"eval\.py runs/sft runs/rl", "--limit 8"),
     (r"train\.py --recipe (v-rft|vrft-aug)( --data-dir DIR --model DIR)?$", f"{SIGHT} --data-dir MEDMNIST"),
@@ -41,11 +41,10 @@ RULES = [                               # (what a command looks like, the flags 
     (r"^python (grpo|rewards)\.py|^python -c|report\.py", ""),
     (r"^torchrun", f"{FEW} --model TEXT --template plain"),
     (r"benchmarks/gpu\.py", ""),        # skips itself without a GPU
-    (r"benchmarks/kill_test\.py", "--kills 3 --faults 1"),
     (r"benchmarks/tables\.py", "--check"),
 ]
 ELSEWHERE = {                           # commands that are not run here, and why
-    r"-m pytest": "CI runs it itself",
+    r"-m pytest|kill_test\.py": "CI runs it itself",
     r"benchmarks/(vs_trl|prompt_once|vision_step|ablation|real|demo)\.py": "a benchmark of many minutes: --help only",
 }
 
@@ -100,8 +99,8 @@ def main() -> None:
                         words[words.index(word) + 1] = extra[i + 1]
                     else:
                         words += extra[i:i + 2] if i + 1 < len(extra) and not extra[i + 1].startswith("--") else [word]
-        stands_for = {"MODEL": "TEXT", "RUN": "runs/kinds-ppo", "FOLDER": "folder", "F": "f.json", "QUESTION": "What is it? A. This B. That", "DIR": "SHARED"}
-        words = [stands_for.get(word, word) for word in words]
+        stands_for = {"MODEL": "TEXT", "RUN": "runs/retinamnist-grpo-1", "FOLDER": "folder", "F": "f.json", "QUESTION": "What is it? A. This B. That", "DIR": "SHARED", "A": "grpo"}
+        words = [stands_for.get(word, word.replace("RUN/", f"{stands_for['RUN']}/")) for word in words]
         if "--export" in words:
             words[words.index("--export") + 1] = "exported"
         words = [str(folders.get(word, word)) for word in words]

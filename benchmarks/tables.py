@@ -61,6 +61,8 @@ def trl(found: dict) -> str:
              "memory_completions": ("", "TRL, head on completions only", "gb"), "sampling": ("sampling", "Hugging Face `generate`", "seconds"), "scoring": ("log-probs and backward", "replicated prompts", "seconds")}
     rows = ["| | ours | the other | ratio (median; pair by pair) |", "|---|---|---|---|"]
     for key, (what, peer, unit) in names.items():
+        if key not in found:
+            continue
         r, form = found[key], "{:.1f} s" if unit == "seconds" else "{:.1f} GB"
         rows.append(f"| {what} | {form.format(r[unit])} | {peer}: {form.format(r['peer_' + unit])} | **{r['ratio']:.1f}** ({', '.join(f'{x:.1f}' for x in r['ratios'])}) |")
     heads = [f"{h['vocabulary']:,} x {h['length']:,}: {h['gb']:.2f} / {h['peer_gb']:.2f}" for h in found["head"]]

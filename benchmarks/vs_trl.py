@@ -2,9 +2,9 @@
 
     python benchmarks/vs_trl.py [--model DIR] [--data-dir DIR] [--sweep] [--json F]          # needs: pip install trl
 
-SmolLM2-135M on MedQA's first training prompts, with the same samples and forced tokens on both sides; SETTINGS below, printed first, says what else is equal
+SmolLM2-135M on training prompts of MedQA of about 400 tokens, with the same samples and forced tokens on both sides; SETTINGS below, printed first, says what else is equal
 and what is not. Every run is a process of its own, so that its peak memory is its own; the sides take turns, and the second step of each is timed.
-TRL runs twice: as installed, whose head scores prompt positions too where there is no Triton (a CPU), and with completion positions only, as it does on a GPU.
+TRL runs as installed, whose head scores prompt positions too where there is no Triton (a CPU), and once with completion positions only, as it does on a GPU.
 """
 import argparse
 import datetime
@@ -43,7 +43,7 @@ SETTINGS = {
     "grading": "rewards.grade, plus (index in the group) / G: SmolLM2 earns -1 everywhere, and a step whose gradient is 0 would be no example",
     "EOS": "stops no row: it is taken off both sides' lists (min_new_tokens would cost TRL a pass over the logits a token)",
     "TRL": "generate without vLLM, loss_type grpo, num_iterations 1, steps_per_generation 1, use_bias_correction_kl off, sdpa; else its defaults, "
-           "such as a chunked head and fused AdamW (ours is as torch has it on a CPU)",
+           "such as a chunked head; AdamW is fused on both sides",
     "timed": "the second step, from its first prompt to its zeroed gradients, without loading; peak memory is ru_maxrss of the process, loading included",
     "parts": "sampling against HF generate on G copies of each prompt; log-probs and backward against G copies, a group at a time, full logits, no entropy",
     "head": "our chunked head, entropy included, against full logits and log_softmax, forward and backward, hidden size 576; peak above that of 16 tokens",
@@ -63,9 +63,16 @@ def check(holds: bool, fault: str) -> None:
         raise SystemExit(f"vs_trl.py: {fault}")
 
 
+def vignettes(args) -> list:
+    """The training items whose question is nearest to --length tokens with the instructions around it: all sides take the same, and sort them alike."""
+    tokenizer = policies.load_tokenizer(args.model)
+    prompt = lambda item: sum(len(tokenizer(message["content"]).input_ids) for message in data.messages(item))
+    return sorted(data.load("medqa", "train", args.data_dir), key=lambda item: abs(prompt(item) - args.length))[:args.prompts]
+
+
 # --------------------------------------------------------------------------------------------- one process each
 def our_step(args) -> dict:
-    items = data.load("medqa", "train", args.data_dir, limit=args.prompts)
+    items = vignettes(args)
     policy = Policy.load(args.model, lora=0, checkpointing=True, keep_reference=True)
     policy.eos_ids, policy.stop_answer = [], False
     config = train.Config(dataset="medqa", full=True, prompts=args.prompts, samples=args.samples, max_new=args.max_new, kl_coef=BETA, lr=LR, beta2=BETA2)
@@ -88,7 +95,7 @@ def trl_step(args) -> dict:
     from datasets import Dataset
     if args.side == "trl-completions":                                        # read at this one place: the kernels, which need Triton, ask their own module
         trl.trainer.utils._use_triton = lambda device: True
-    items, G, T = data.load("medqa", "train", args.data_dir, limit=args.prompts), args.samples, args.max_new
+    items, G, T = vignettes(args), args.samples, args.max_new
     tokenizer, graded = policies.load_tokenizer(args.model), train.Config()
     prompt = data.messages if tokenizer.chat_template else lambda item: data.plain_text(data.messages(item))
 
@@ -140,7 +147,7 @@ def parts(args) -> dict:
         prompts = torch.randint(3, args.vocabulary, (P, args.length), generator=rng).tolist()
         policy.start = lambda item, group, style: Rollout(item, group, prompts[item], [], [], False)
     else:
-        policy, items = Policy.load(args.model, lora=0, checkpointing=True), data.load("medqa", "train", args.data_dir, limit=P)
+        policy, items = Policy.load(args.model, lora=0, checkpointing=True), vignettes(args)
     policy.eos_ids, policy.stop_answer = [], False
     model, started = policy.model, [policy.start(item, p, "think") for p, item in enumerate(items)]
     written = torch.randint(3, model.config.vocab_size, (P * G, T), generator=rng).tolist()
@@ -212,16 +219,18 @@ def compared(pairs: list[tuple[dict, dict]], key: str, unit: str = "seconds") ->
 def whole_step(args) -> dict:
     runs, total = [], args.prompts * args.samples * args.max_new
     for pair in range(args.pairs):
-        runs.append({side: run(args, side) for side in ("ours", "trl", "trl-completions")})
+        runs.append({side: run(args, side) for side in ("ours", "trl", "trl-completions")[:2 if pair or "completions" in args.skip else 3]})      # the last once: it takes as long
         for side, r in runs[-1].items():
             print(f"step {pair + 1}, {side:15s} {r['seconds']:7.2f} s (sampling {r['sample_seconds']:.2f} s), {total / r['seconds']:6.1f} tokens/s, "
                   f"peak {r['peak_gb']:5.2f} GB, loss {r['loss']:.1e}, gradient norm {r['grad_norm']:.3f}", flush=True)
             check(math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]), f"{side}: the loss or its gradient is not finite")
             check(r["lengths"] == [args.max_new] * args.prompts * args.samples, f"{side} sampled rows of {sorted(set(r['lengths']))} tokens")
             check(r["prompt_ids"] == runs[0]["ours"]["prompt_ids"], f"{side} saw other prompts than ours")
-    found: dict = {"prompt_tokens": sorted(map(len, runs[0]["ours"]["prompt_ids"][::args.samples])), "losses": {side: [r[side]["loss"] for r in runs] for side in runs[0]}}
+    found: dict = {"prompt_tokens": sorted(map(len, runs[0]["ours"]["prompt_ids"][::args.samples])), "losses": {side: [r[side]["loss"] for r in runs if side in r] for side in runs[0]}}
     for peer, suffix in (("trl", ""), ("trl-completions", "_completions")):
-        pairs = [(r["ours"], r[peer]) for r in runs]
+        pairs = [(r["ours"], r[peer]) for r in runs if peer in r]
+        if not pairs:
+            continue
         step = compared(pairs, "seconds")
         rates = {unit + "tokens_per_s": total / step[unit + "seconds"] for unit in ("", "peer_")}
         found["step" + suffix] = step | rates | {"in_sampling": compared(pairs, "sample_seconds")}
@@ -302,10 +311,11 @@ def main() -> None:
     p.add_argument("--prompts", type=int, default=4)
     p.add_argument("--samples", type=int, default=8, help="at least 2: TRL refuses 1")
     p.add_argument("--max-new", type=int, default=64, help="forced tokens a sample")
+    p.add_argument("--length", type=int, default=400, help="prompt tokens, about: a vignette of MedQA has 300 to 400")
     p.add_argument("--pairs", type=int, default=3)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--sweep", type=int, nargs="?", const=1, default=0, metavar="PAIRS", help="also vary samples, lengths and vocabulary on a small random model, PAIRS (1) a point")
-    p.add_argument("--skip", nargs="+", choices=("step", "parts", "head"), default=[], help="leave these out")
+    p.add_argument("--skip", nargs="+", choices=("step", "completions", "parts", "head"), default=[], help="leave these out")
     p.add_argument("--json")
     p.add_argument("--side", help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -317,7 +327,7 @@ def main() -> None:
     if len(data.load("medqa", "train", args.data_dir, limit=args.prompts)) < args.prompts:
         raise UsageError(f"{args.data_dir} has fewer than {args.prompts} training items")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.strip()
-    result = {"model": Path(args.model).name, **{key: getattr(args, key) for key in ("prompts", "samples", "max_new", "pairs", "threads")},
+    result = {"model": Path(args.model).name, **{key: getattr(args, key) for key in ("prompts", "samples", "max_new", "length", "pairs", "threads")},
               **{name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate")}, "python": platform.python_version(),
               "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "commit": commit or "unknown", "date": datetime.date.today().isoformat()}
     print("\n".join(f"{key}: {value}" for key, value in (result | SETTINGS).items()), flush=True)

@@ -23,8 +23,8 @@ import report
 import rewards
 from data import UsageError
 
-CONFIG = dict(dataset="demo", data_dir="", task="", target="", knowledge="none", knowledge_file="", style="think", model="", algo="grpo", full=True, lora=16, prompts=4, samples=4, steps=9, lr=1e-3, seed=0,
-              reward="med-rlvr", w_format=.5, w_leak=0.0, w_before=0.0, w_short=0.0, w_overlong=0.0, recite=0.0, clip_low=.2, clip_high=.28)
+CONFIG = dict(dataset="demo", data_dir="", task="", target="", knowledge="none", knowledge_file="", style="think", model="", init="", algo="grpo", full=True, lora=16, prompts=4, samples=4, steps=9, lr=1e-3,
+              seed=0, reward="med-rlvr", w_format=.5, w_leak=0.0, w_before=0.0, w_short=0.0, w_overlong=0.0, recite=0.0)
 HOSTILE = ["</script><script>alert(1)</script>", "</script x='", "</SCRIPT/", "<!--<script ", "<!-- <script>", "<img src=x onerror=alert(1)>", "\u2028\u2029 & &lt; &amp;", "\x00\x07\x1b[31m\x7f\r", "\u202egnorw si txet siht", "مرحبا بالعالم שלום 👩\u200d⚕️ é",
            "half a character: \ud800", "]]>", "javascript:alert(1)", "https://example.com/x.png", "' \" ` ${1} \\u003c \\", "<svg onload=alert(1)>"]
 
@@ -35,11 +35,10 @@ def metric(step: int, **changes) -> dict:
 
 
 def rollout(step: int, row: int = 0, **changes) -> dict:
-    """A line as it is logged now."""
     text = f"<think> step {step} and row {row} </think> <answer> {'AB'[row % 2]} </answer>"
     pieces = re.findall(r"\s*\S+", text)
     return {"step": step, "group": 0, "id": f"q{step}", "question": "Which of the two?", "options": ["fever", "cough"], "gold": "A", "text": text, "reward": float(row % 2 == 0), "parts": {"accuracy": float(row % 2 == 0), "malformed": 0.0},
-            "advantage": 1.0 - 2 * (row % 2), "correct": row % 2 == 0, "finished": row != 3, "tokens": len(pieces), "stage": rewards.STAGES[5 if row % 2 == 0 else 2], "predicted": "AB"[row % 2],
+            "advantage": 1.0 - 2 * (row % 2), "correct": row % 2 == 0, "finished": row != 3, "tokens": len(pieces), "frame": None, "stage": rewards.STAGES[5 if row % 2 == 0 else 2], "predicted": "AB"[row % 2],
             "pieces": pieces, "entropy": [.1 * i for i in range(len(pieces))], "ratio": [1 + .05 * (-1) ** i * i for i in range(len(pieces))]} | changes
 
 
@@ -60,8 +59,8 @@ class Page(HTMLParser):
         super().__init__()
         self.tags, self.scripts, self.text, self.inside, self.source = [], [], "", None, path.read_bytes().decode("utf-8")
         self.feed(self.source)
-        self.json = {attributes["id"]: json.loads(text) for attributes, text in self.scripts if "id" in attributes}
-        self.groups = [self.json[f"group-{i}"] for i in range(len(self.json["index"]["groups"]))]
+        self.log = json.loads(self.scripts[0][1])
+        self.groups, self.pictures = self.log["groups"], self.log["pictures"]
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
@@ -79,7 +78,7 @@ class Page(HTMLParser):
             self.text += text + " "
 
     def charts(self) -> list[str]:
-        return [attributes["aria-label"] for tag, attributes in self.tags if tag == "svg" and ":" in attributes["aria-label"]]
+        return [attributes["aria-label"] for tag, attributes in self.tags if tag == "svg" and "aria-label" in attributes]
 
 
 @pytest.fixture
@@ -99,30 +98,28 @@ def test_the_page_of_a_run(read, tmp_path):
     accuracy = {"accuracy": .25, "ci95": [.1, .4], "n": 40, "sampled_accuracy": .2, "sampled_ci95": [.1, .3]}
     page = read([rollout(s, k) for s in (1, 2) for k in range(4)], [metric(1), metric(2, dev_accuracy=.75, dev_ci95=[.6, .9]), metric(3, alarms=["reward rose <b>while</b>"])],
                 {"before": accuracy, "after": accuracy | {"accuracy": .875, "ci95": [.7, .95]}})
-    for text in ("0.250 → 0.875", "0.250 [0.100, 0.400]", "0.875 [0.700, 0.950]", "0.200 [0.100, 0.300]", "40 items", "grpo", "3 of 9", "torch 2", "Alarms", "reward rose <b>while</b>"):
+    for text in ("0.250 → 0.875", "0.250 [0.100, 0.400]", "0.875 [0.700, 0.950]", "0.200 [0.100, 0.300]", "40 test items", "grpo", "3 of 9", "torch 2", "Alarms", "reward rose <b>while</b>"):
         assert text in page.text, text
-    labels = " ".join(page.charts())
-    for text in ("Reward: 0.1 at step 1, 0.3 at step 3", "Accuracy: 0.5 at step 1, 0.5 at step 3; on dev 0.75 at step 2", "Length", "Entropy", "KL", "Cut at the limit", f"{rewards.STAGES[5]} 67%"):
-        assert text in labels, text
     low, high = report.evaluation.wilson(8, 16)                                                   # 4 prompts x 4 completions, half of them right
-    assert f"step 1: accuracy 0.5 [{low:.3g}, {high:.3g}]" in page.text and "step 2, dev accuracy 0.75 [0.6, 0.9]" in page.text
-    assert all(name in page.text for name in rewards.STAGES)
+    labels = " ".join(page.charts())
+    for text in ("Reward: 0.1 at step 1; 0.3 at step 3", f"Accuracy: 0.5 [{low:.4g}, {high:.4g}] at step 1;", "Length", "Entropy", "KL", "Cut at the limit", f"{rewards.STAGES[5]} 67% at step 3"):
+        assert text in labels, text
+    assert f"step 2: 0.5 [{low:.4g}, {high:.4g}], on dev 0.75 [0.6, 0.9]" in page.text and all(name in page.text for name in rewards.STAGES) and "Loss" not in page.text
     first = page.groups[0]
     assert first["prompt"] == [[m["role"], m["content"]] for m in data.messages(data.Item("q1", "choice", "Which of the two?", ("fever", "cough"), "A"))] and first["gold"] == "A. fever"
-    assert [row["cut"] for row in first["rows"]] == [False, False, False, True] and [row["predicted"] for row in first["rows"]] == list("ABAB")
-    assert first["rows"][1]["pieces"] == rollout(1, 1)["pieces"] and first["rows"][1]["ratio"][3] == .85
-    assert page.json["index"]["weights"] == {"accuracy": 1.0, "malformed": -1.0} and page.json["index"]["shades"] == ["entropy", "ratio"]
+    assert [row["finished"] for row in first["rows"]] == [True, True, True, False] and [row["predicted"] for row in first["rows"]] == list("ABAB")
+    assert first["rows"][1]["pieces"] == rollout(1, 1)["pieces"] and first["rows"][1]["ratio"][3] == .85 and page.log["weights"] == {"accuracy": 1.0, "malformed": -1.0}
     assert "Left out" not in page.text and not list((tmp_path / "run").glob(".*"))                # nothing is left beside it
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "".join(HOSTILE) * 20, "x" * 1_000_000])
 def test_what_a_policy_wrote_stays_text(read, text):
     page = read([rollout(1, text=text, pieces=[text], entropy=[1.0], ratio=[1.0], id=text, question=text, options=[text, "b"], stage=text, predicted=text, parts={text: 1.0})],
-                [metric(1, alarms=[text])], reward=text, dataset="demo", algo=text)
-    assert [attributes.get("type") for attributes, _ in page.scripts] == ["application/json"] * 3 + [None] and page.scripts[-1][1] == report.SCRIPT
-    assert not {tag for tag, _ in page.tags} & {"img", "image", "iframe", "link", "object", "embed", "base", "a", "form action", "b onerror"}
+                [metric(1, alarms=[text])], lr=text, algo=text)
+    assert [attributes.get("type") for attributes, _ in page.scripts] == ["application/json", None] and page.scripts[1][1] == report.SCRIPT
+    assert not {tag for tag, _ in page.tags} & {"img", "image", "iframe", "link", "object", "embed", "base", "a"}
     assert not [(tag, name) for tag, attributes in page.tags for name in attributes if name.startswith("on") or name in ("src", "href", "xlink:href", "action", "srcset")]
-    assert not [text for attributes, text in page.scripts[:-1] if set(text) & set("<>&\u2028\u2029\x00") or not text.isascii()]
+    assert not set(page.scripts[0][1]) & set("<>&\u2028\u2029\x00") and page.scripts[0][1].isascii()
     row = page.groups[0]["rows"][0]
     assert row["text"] == text and row["pieces"] == [text] and row["stage"] == row["predicted"] == text and row["parts"] == {text: 1.0} and page.groups[0]["id"] == text
     assert text in page.groups[0]["prompt"][1][1]
@@ -137,47 +134,33 @@ def test_the_policy_lets_only_our_script_run(read):
 
 
 def test_no_number_breaks_the_page(read):
-    strange = [float("nan"), float("inf"), -float("inf"), 10**400, 1e308, "x", None, True, [], {}]
-    page = read([rollout(i, reward=value, advantage=value, tokens=value, parts={"a": value}, entropy=[value] * 7, ratio=value, pieces=["a"] * 7) for i, value in enumerate(strange)],
-                [metric(i + 1, reward=value, accuracy=value, dev_accuracy=value, dev_ci95=[value, value], stages=value, length=value, alarms=value) for i, value in enumerate(strange)],
-                {"before": {"accuracy": value, "ci95": value} for value in strange[:1]} | {"after": 3}, prompts="x", w_leak=float("nan"), clip_low=10**400, style=[], init=3)
-    assert all(row["reward"] is None for group in page.groups for row in group["rows"]) and not re.search(r"NaN|Infinity|nan\b", page.source.replace(report.SCRIPT, ""))
+    strange = [float("nan"), float("inf"), -float("inf"), None]
+    page = read([rollout(i, reward=value, advantage=value, parts={"accuracy": value}, entropy=[value] * 7, ratio=[value] * 7) for i, value in enumerate(strange)],
+                [metric(i + 1, reward=value, accuracy=value, dev_accuracy=value, stages=value, length=value, alarms=value) for i, value in enumerate(strange)])
+    assert all(row["reward"] is None for group in page.groups for row in group["rows"]) and not re.search(r"NaN|Infinity\b|nan\b", page.source.replace(report.SCRIPT, ""))
+    assert [chart.partition(":")[0] for chart in page.charts()] == ["Entropy", "KL", "Cut at the limit"]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.5, 1e-12, 1e6, 12345.678])
 def test_a_flat_curve_of_one_step_or_many(read, value):
     for steps in (1, 2, 700):
-        labels = " ".join(read((), [metric(s, reward=value) for s in range(1, steps + 1)]).charts())
-        assert f"Reward: {report.said(value)} at step 1" in labels
+        assert f"Reward: {value:.4g} at step 1; {value:.4g} at step {steps}" in read((), [metric(s, reward=value) for s in range(1, steps + 1)]).charts()
 
 
 # ------------------------------------------------------------------------------------------------- what may be missing
-def test_steps_without_rollouts_have_no_reward(read):
-    page = read((), [metric(1), {"step": 2, "groups_dropped": 4, "lr": 1e-3}, metric(3, stages="x"), metric(4)])
+def test_steps_without_rollouts_leave_a_gap(read):
+    page = read((), [metric(1), {"step": 2, "groups_dropped": 4, "lr": 1e-3}, metric(3, groups_unfilled=4), metric(4)])
     curves = [attributes["d"] for tag, attributes in page.tags if attributes.get("class") == "curve"]
     assert len(page.charts()) == 7 and [curve.count("L") for curve in curves] == [0, 1] * 6        # each: step 1 alone, a gap, then 3 to 4
-    assert "None is logged" in page.text
 
 
 def test_supervised_runs_show_their_loss(read):
-    page = read([rollout(1)], [metric(1, loss=2.0, dev_accuracy=.5), metric(2, loss=1.0)], algo="sft")
+    line = rollout(1)
+    del line["ratio"]                                                                             # nobody sampled it
+    page = read([line], [metric(1, loss=2.0, dev_accuracy=.5), metric(2, loss=1.0)], algo="sft")
     labels = " ".join(page.charts())
-    assert "Loss: 2 at step 1, 1 at step 2" in labels and "on dev 0.5 at step 1" in labels and "Reward" not in labels and "Stages" not in labels
-
-
-def test_lines_of_an_older_run(read):
-    added = ("stage", "predicted", "pieces", "entropy", "ratio")
-    old = [{key: value for key, value in rollout(1, k).items() if key not in added} for k in range(3)] + [rollout(1, 3, stage="later")]
-    rows = read(old, [metric(1)]).groups[0]["rows"]
-    assert [row["predicted"] for row in rows] == list("ABAB") and [row["stage"] for row in rows[:3]] == ["concise structurer"] * 3 and rows[3]["stage"] == "later"
-    assert "pieces" not in rows[0] and "pieces" in rows[3]
-    bare = read([{"step": 1, "group": 0}, {"step": 1, "group": 1, "text": 3, "gold": None, "options": {}, "parts": [], "pieces": 3, "predicted": None}], [{"step": 1}])
-    assert len(bare.groups) == 2
-
-
-def test_token_numbers_that_do_not_fit_are_left_out(read):
-    rows = read([rollout(1, 0, ratio=[1.0]), rollout(1, 1, pieces=None), rollout(1, 2, pieces=["a", 3]), rollout(1, 3, entropy=None, ratio=None)], [metric(1)]).groups[0]["rows"]
-    assert "ratio" not in rows[0] and "entropy" in rows[0] and not any("pieces" in row for row in rows[1:])
+    assert "Loss: 2 at step 1; 1 at step 2" in labels and "Accuracy: on dev 0.5 at step 1" in labels and "Reward" not in labels and "Stages" not in labels
+    assert "4 demonstrations" in page.text and "ratio" not in page.groups[0]["rows"][0]
 
 
 def test_an_empty_run(tmp_path):
@@ -185,25 +168,23 @@ def test_an_empty_run(tmp_path):
     (run / "metrics.jsonl").unlink()
     (run / "rollouts.jsonl").unlink()
     page = Page(report.write(run, tmp_path / "x.html"))
-    assert "No step is logged" in page.text and "None is logged" in page.text and "Not evaluated yet" in page.text
+    assert "No step is logged" in page.text and "Not evaluated yet" in page.text and not page.groups
 
 
 def test_damaged_lines_are_counted(tmp_path):
-    run, notes = make_run(tmp_path / "run", [rollout(1)], [metric(1), metric(2)]), []
+    run = make_run(tmp_path / "run", [rollout(1)], [metric(1), metric(2)])
     with (run / "rollouts.jsonl").open("ab") as file:
-        file.write(b'{"step": 2, "gro\n\xff\xfe\n[1]\n"x"\n{"step": "a", "group": 0}\n' + b"[" * 100_000 + b'\n\n{"step": 3, "group": 0, "text": "whole"}\n{"step": 4')
+        file.write(b'{"step": 2, "gro\n\xff\xfe\n[1]\n"x"\n{"step": 2, "group": 0}\n' + b"[" * 100_000 + b"\n\n" + json.dumps(rollout(3)).encode() + b'\n{"step": 4')
     (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + '{"step": 3, "rew')
-    (run / "eval.json").write_text("{")
-    page = Page(report.write(run, notes=notes))
-    assert [group["step"] for group in page.groups] == [1, 3] and len(notes) == 3
-    assert "1 damaged lines of metrics.jsonl" in page.text and "7 damaged lines of rollouts.jsonl" in page.text and "eval.json is damaged" in page.text
+    page = Page(report.write(run))
+    assert [group["step"] for group in page.groups] == [1, 3] and "Left out: 1 damaged lines of metrics.jsonl; 7 damaged lines of rollouts.jsonl." in page.text
 
 
 # ------------------------------------------------------------------------------------------------- pictures
 def seen(items, **changes) -> list[dict]:
-    """A line for each item, as an older run logged it: the answer's text only."""
-    return [{"step": i + 1, "group": 0, "id": item.id, "question": item.question, "options": list(item.options), "gold": item.answer, "text": data.completion(item), "reward": 1.0,
-             "parts": {"iou": 1.0}, "advantage": 0.0, "correct": True, "finished": True, "tokens": 9} | changes for i, item in enumerate(items)]
+    """A line for each item, answered with its gold."""
+    return [rollout(i + 1) | {"id": item.id, "question": item.question, "options": list(item.options), "gold": item.answer, "text": data.completion(item), "predicted": item.answer,
+                              "parts": {"box": 1.0, "malformed": 0.0}} | changes for i, item in enumerate(items)]
 
 
 @pytest.fixture(scope="module")
@@ -212,24 +193,12 @@ def lesions():
 
 
 def test_an_item_to_localize_gets_its_picture(read, lesions):
-    items = lesions
-    page = read(seen(items) + seen(items[:1]), [metric(1)], dataset="demo-images", task="localize")
-    assert set(page.json["pictures"]) == {item.id for item in items} and page.groups[0]["gold"] == [list(items[0].answer[0])]
-    assert page.groups[0]["rows"][0]["predicted"] == page.groups[0]["gold"]                       # the text's box scores what was logged: it is in pixels of the picture
-    [width, height, png], = page.json["pictures"][items[1].id]
+    page = read(seen(lesions) + seen(lesions[:1], step=4, frame=[100, 50, 56, 56]), [metric(1)], dataset="demo-images", task="localize")
+    assert set(page.pictures) == {item.id for item in lesions} and page.groups[0]["gold"] == page.groups[0]["rows"][0]["predicted"] == [list(lesions[0].answer[0])]
+    [width, height, png], = page.pictures[lesions[1].id]
     image = Image.open(io.BytesIO(base64.b64decode(png)))
-    assert image.size == (width, height) == (56, 56) and image.convert("L").tobytes() == items[1].image.tobytes()
-    assert "Where is the lesion?" in page.groups[0]["prompt"][1][1]
-
-
-def test_boxes_in_an_unknown_frame_are_not_drawn(tmp_path, lesions):
-    run = make_run(tmp_path / "run", seen(lesions[:1], parts={"iou": .3}), [metric(1)], dataset="demo-images", task="localize")
-    assert Page(report.write(run, items=lesions)).groups[0]["rows"][0]["predicted"] is None
-    make_run(run, seen(lesions[:1], parts={"iou": 0.0}, text="<answer> [[900, 900, 990, 990]] </answer>"), [metric(1)], dataset="demo-images", task="localize")
-    assert Page(report.write(run, items=lesions)).groups[0]["rows"][0]["predicted"] is None       # nor where both readings score nothing
-    make_run(run, seen(lesions[:1], parts={"iou": .3}, predicted=[[1, 2, 3, 4], [1, 2], "x"], frame=[100, 50, 56, 56]), [metric(1)], dataset="demo-images", task="localize")
-    page = Page(report.write(run, items=lesions))
-    assert page.groups[0]["rows"][0]["predicted"] == [[1, 2, 3, 4]] and "100 x 50 image" in page.groups[0]["prompt"][0][1]
+    assert image.size == (width, height) == (56, 56) and image.convert("L").tobytes() == lesions[1].image.tobytes()
+    assert "Where is the lesion?" in page.groups[0]["prompt"][1][1] and "100 x 50 image" in page.groups[3]["prompt"][0][1] and "box" in page.log["weights"]
 
 
 def test_pictures_are_shrunk_and_the_newest_kept(tmp_path, monkeypatch):
@@ -241,20 +210,19 @@ def test_pictures_are_shrunk_and_the_newest_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "PICTURES", 10)
     run = make_run(tmp_path / "run", seen(data.load(str(tmp_path / "set"), "train")), [metric(1)], dataset=str(tmp_path / "set"))
     page = Page(report.write(run))
-    assert set(page.json["pictures"]) == {f"i{k}" for k in range(30, 40)} and page.json["pictures"]["i39"][0][:2] == [1000, 500] and "Left out: pictures of the oldest 30 of 40 items." in page.text
-    assert Image.open(io.BytesIO(base64.b64decode(page.json["pictures"]["i39"][0][2]))).size == (336, 168) and str(tmp_path) not in page.text
-    given = Page(report.write(run, items=data.load(str(tmp_path / "set"), "train")[39:]))
-    assert set(given.json["pictures"]) == {"i39"}                                                 # items that a caller has are not read again
+    assert set(page.pictures) == {f"i{k}" for k in range(30, 40)} and page.pictures["i39"][0][:2] == [1000, 500] and "Left out: the pictures of 30 items." in page.text
+    assert Image.open(io.BytesIO(base64.b64decode(page.pictures["i39"][0][2]))).size == (336, 168) and str(tmp_path) not in page.text
+    assert set(Page(report.write(run, items=data.load(str(tmp_path / "set"), "train")[39:])).pictures) == {"i39"}      # items that a caller has are not read again
     (tmp_path / "set").rename(tmp_path / "gone")
     page = Page(report.write(run))
-    assert not page.json["pictures"] and "Left out: pictures and prompts, since the data set is not at hand." in page.text and str(tmp_path) not in page.text and page.groups[0]["prompt"][0][0] == "question"
+    assert not page.pictures and "Left out: pictures and prompts, since the data set is not at hand." in page.text and str(tmp_path) not in page.text and page.groups[0]["prompt"][0][0] == "question"
     (tmp_path / "gone").rename(tmp_path / "set")
     items = data.load(str(tmp_path / "set"), "train")
     (tmp_path / "a.png").write_bytes(b"no picture")
-    assert "pictures of 10 items, which cannot" in Page(report.write(run, items=items)).text
+    assert "the pictures of 40 items" in Page(report.write(run, items=items)).text
 
 
-@pytest.mark.parametrize("dataset", ["medqa", "mmlu-pro-health", "retinamnist", "pathmnist-28", "bccd", "no-such-set", "", None, 3])
+@pytest.mark.parametrize("dataset", ["medqa", "mmlu-pro-health", "retinamnist", "pathmnist-28", "bccd", "no-such-set"])
 def test_nothing_is_downloaded(read, monkeypatch, tmp_path, dataset):
     monkeypatch.setenv("MEDRL_CACHE", str(tmp_path / "cache"))
     for place, name in ((data, "fetch"), (report.images, "download"), (data.urllib.request, "urlopen")):
@@ -263,34 +231,31 @@ def test_nothing_is_downloaded(read, monkeypatch, tmp_path, dataset):
     assert (page.groups[0]["prompt"][0][0] == "system") == (dataset in report.TEXT_SETS) and ("not at hand" in page.text) == (dataset not in report.TEXT_SETS)
 
 
-def test_knowledge_stands_in_the_prompt(read, tmp_path):
-    (tmp_path / "k.md").write_text("# task\nWhat everybody knows.\n## a\nx\n")
-    assert "What everybody knows." in read([rollout(1)], [metric(1)], knowledge="task", knowledge_file=str(tmp_path / "k.md")).groups[0]["prompt"][1][1]
-    assert read([rollout(1)], [metric(1)], knowledge="task", knowledge_file=str(tmp_path / "gone.md")).groups[0]["prompt"][0][0] == "question"
+def test_knowledge_stands_in_the_prompt_where_it_is_known(tmp_path):
+    run, item = make_run(tmp_path / "run", [rollout(1)], [metric(1)], knowledge="task"), data.Item("q1", "choice", "?", (), "A", knowledge="What everybody knows.")
+    assert "What everybody knows." in Page(report.write(run, items=[item])).groups[0]["prompt"][1][1]
+    assert Page(report.write(run)).groups[0]["prompt"] == [["question", "Which of the two?\nfever\ncough"]]
 
 
 # ------------------------------------------------------------------------------------------------- size
 def test_ten_thousand_completions_in_seconds(tmp_path):
-    run, started = make_run(tmp_path / "run", [rollout(s, k) for s in range(1, 1501) for k in range(8)], [metric(s) for s in range(1, 1501)]), time.perf_counter()
-    notes = []
-    page = report.write(run, notes=notes)
-    assert time.perf_counter() - started < 15 and page.stat().st_size < 20e6 and notes == ["the oldest 2,000 of 12,000 completions"]
-    page = Page(page)
-    assert sum(len(group["rows"]) for group in page.groups) == 10_000 and page.groups[-1]["step"] == 1500
-    assert page.source.count('class="hit"') < 8 * 250 and "steps 1 to 7, mean: reward 0.4" in page.text                            # 1,500 steps in 215 columns
-    assert Page(report.write(run, limit=3)).groups[0]["rows"][0]["text"] == rollout(1500, 5)["text"]
+    run, started = make_run(tmp_path / "run", [rollout(s, k) for s in range(1, 1251) for k in range(8)], [metric(s) for s in range(1, 1251)]), time.perf_counter()
+    page = report.write(run)
+    assert time.perf_counter() - started < 15 and page.stat().st_size < 20e6
+    assert sum(len(group["rows"]) for group in Page(page).groups) == 10_000
 
 
-def test_old_tokens_lose_their_numbers_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "TOKENS", 20)
-    page = Page(report.write(make_run(tmp_path / "run", [rollout(s) for s in range(1, 6)], [metric(1)])))
-    assert ["pieces" in group["rows"][0] for group in page.groups] == [False, False, False, True, True] and "the token numbers of the oldest 3 completions" in page.text
+def test_the_newest_of_a_long_log_are_shown(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", [rollout(s) for s in range(1, 6)], [metric(1)])
+    monkeypatch.setattr(report, "SIZE", 2.5 * len(json.dumps(rollout(1))))
+    page = Page(report.write(run))
+    assert [group["step"] for group in page.groups] == [4, 5] and "Left out: 3 older lines of rollouts.jsonl." in page.text
 
 
 # ------------------------------------------------------------------------------------------------- command line
 def test_the_command_line(tmp_path, capsys, monkeypatch):
     run = make_run(tmp_path / "run", [rollout(1)], [metric(1)])
-    report.main([str(run), "--out", str(tmp_path / "a.html"), "--limit", "1"])
+    report.main([str(run), "--out", str(tmp_path / "a.html")])
     assert (tmp_path / "a.html").is_file() and capsys.readouterr() == (f"{tmp_path / 'a.html'}: 0.0 MB\n", "")
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "none")])
     with pytest.raises(SystemExit) as left:
@@ -300,15 +265,17 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
 
 def test_mistakes_are_one_line(tmp_path):
     run = make_run(tmp_path / "run", [rollout(1)], [metric(1)])
-    for argv in ([], [str(run), "--limit", "0"], [str(run), "--limit", "x"], [str(run), "--nonsense"], [str(tmp_path)], [str(run), "--out", str(tmp_path / "no" / "a.html")],
-                 [str(run), "--out", str(run / "run.json" / "a.html")], [str(run), "--out", str(run)]):
+    for argv in ([], [str(run), "--nonsense"], [str(tmp_path)], [str(run), "--out", str(tmp_path / "no" / "a.html")], [str(run), "--out", str(run / "run.json" / "a.html")],
+                 [str(run), "--out", str(run)], [str(run), "--out", "."], [str(run), "--out", "/"]):
         with pytest.raises(UsageError) as error:
             report.main(argv)
         assert "\n" not in str(error.value)
     assert not list(tmp_path.glob(".*")) and sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", "rollouts.jsonl", "run.json"]
-    (run / "run.json").write_text("{")
-    with pytest.raises(UsageError, match="damaged"):
-        report.main([str(run)])
+    for name, text, word in (("eval.json", "{", "eval.json is damaged"), ("run.json", '{"config": {"algo": "grpo"}}', "another version"), ("run.json", "{", "run.json is damaged")):
+        (run / "eval.json").unlink(missing_ok=True)
+        (run / name).write_text(text)
+        with pytest.raises(UsageError, match=word):
+            report.write(run)
 
 
 def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
@@ -352,7 +319,6 @@ def ask(path: Path, script: str, width: int = 1280):
 
 TOOLS = """const at = id => document.getElementById(id), all = name => [...document.querySelectorAll(name)], cards = () => all(".card").length;
 const set = (id, value) => { at(id).value = value; at(id).dispatchEvent(new Event("input", {bubbles: true})); };
-const pick = value => document.querySelector("input[value=" + value + "]").click();
 """
 
 
@@ -361,7 +327,7 @@ def test_a_browser_shows_it_without_a_complaint(tmp_path):
     run = make_run(tmp_path / "run", [rollout(s, k) for s in range(1, 4) for k in range(4)], [metric(s) for s in range(1, 4)])
     dom = browse(report.write(run))
     assert dom.count('class="card ') == 12 and "3 of 3 groups shown, with 12 completions that match" in dom and "✓ right" in dom
-    browse(report.write(make_run(tmp_path / "empty")))
+    assert "0 of 0 groups shown" in browse(report.write(make_run(tmp_path / "empty")))
     with pytest.raises(pytest.fail.Exception, match="Content Security Policy"):                          # the page's own rule stops what is not ours: and this test would see it
         page = run / "report.html"
         page.write_text(page.read_text().replace("</body>", "<script>document.title = 'run'</script></body>"))
@@ -371,13 +337,12 @@ def test_a_browser_shows_it_without_a_complaint(tmp_path):
 @browser
 def test_hostile_text_is_shown_and_does_nothing(tmp_path):
     rows = [rollout(1, k, text=text, pieces=[text], entropy=[1.0], ratio=[2.0], id="<b>", question=text, stage=text, predicted=text, parts={text: 1.0}) for k, text in enumerate(HOSTILE)]
-    result = ask(report.write(make_run(tmp_path / "run", rows, [metric(1, alarms=HOSTILE)], reward=HOSTILE[0])), TOOLS + """
+    result = ask(report.write(make_run(tmp_path / "run", rows, [metric(1, alarms=HOSTILE)], lr=HOSTILE[0])), TOOLS + """
         const shown = () => all(".card .text").map(node => node.textContent), off = shown();
-        pick("ratio");
+        set("shade", "ratio");
         return {off, ratio: shown(), alien: all("#groups img, #groups script, #groups a, #groups b, #groups svg").length, title: document.title};""")
-    visible = lambda text: re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda c: chr(0x2421 if c[0] == "\x7f" else 0x2400 + ord(c[0])), text).replace("\ud800", "\ufffd")
     known = lambda texts: [text.replace("\ud800", "\ufffd") for text in texts]
-    assert known(result["off"]) == known(result["ratio"]) == list(map(visible, HOSTILE)) and result["alien"] == 0 and result["title"] == "run: report"
+    assert known(result["off"]) == known(result["ratio"]) == known(HOSTILE) and result["alien"] == 0 and result["title"] == "run: report"
 
 
 @browser
@@ -387,35 +352,35 @@ def test_filters_shades_and_more(tmp_path):
         const found = {start: cards(), newest: all("h3")[0].textContent, cut: all(".card .text")[0].textContent.length, plain: all(".token").length};
         all(".card button")[0].click();
         found.whole = all(".card .text")[0].textContent.length;
-        at("more").click(); found.more = [cards(), at("more").textContent];
+        at("more").click(); found.more = [cards(), at("state").textContent];
+        set("shade", "entropy"); found.kept = [cards(), all(".token").length > 0]; set("shade", "");
         at("more").click(); found.all = [cards(), at("more").hidden];
         set("from", 10); set("to", 12); found.steps = [cards(), all("h3").map(node => node.textContent)];
         set("answer", "right"); found.right = [cards(), all(".card.wrong").length, at("state").textContent];
-        all(".group > button")[0].click(); found.others = [cards(), all(".card.wrong").length];
         set("answer", ""); set("stage", "concise structurer"); found.stage = [cards(), all(".card.right").length];
         set("stage", ""); set("least", "0.5"); found.least = cards();
         set("least", ""); set("most", "0"); found.most = cards(); set("most", "-1"); found.none = [cards(), at("state").textContent];
-        set("most", ""); set("order", "old"); found.oldest = all("h3")[0].textContent;
-        pick("entropy"); found.entropy = [all(".token").length, all(".token")[3].style.backgroundColor, all(".token")[3].title, at("scale").textContent];
-        pick("ratio"); found.ratio = [all(".token")[2], all(".token")[3]].map(node => node.style.backgroundColor);
-        pick("off"); found.off = all(".token").length;
+        set("most", "");
+        set("shade", "entropy"); found.entropy = [all(".token").length, all(".token")[3].style.backgroundColor, all(".token")[3].title];
+        set("shade", "ratio"); found.ratio = [all(".token")[2], all(".token")[3]].map(node => node.style.backgroundColor);
+        set("shade", ""); found.off = all(".token").length;
         return found;""")
     assert result["start"] == 80 and result["newest"] == "step 50, group 0" and (result["cut"], result["whole"], result["plain"]) == (4000, 10_000, 0)
-    assert result["more"] == [160, "show 10 more groups of 10"] and result["all"] == [200, True]
+    assert result["more"] == [160, "40 of 50 groups shown, with 200 completions that match"] and result["kept"] == [160, True] and result["all"] == [200, True]
     assert result["steps"] == [12, ["step 12, group 0", "step 11, group 0", "step 10, group 0"]]
-    assert result["right"] == [6, 0, "3 of 3 groups shown, with 6 completions that match"] and result["others"] == [8, 2]
-    assert result["stage"] == [6, 0] and result["least"] == result["most"] == 6 and result["none"] == [0, "0 of 0 groups shown, with 0 completions that match"] and result["oldest"] == "step 10, group 0"
-    pieces = len(rollout(10)["pieces"])
-    assert result["entropy"][0] == 12 * pieces and result["entropy"][1].startswith("rgba(150, 90, 220, 0.10") and result["entropy"][2] == "entropy 0.3, ratio 0.85" and "nats" in result["entropy"][3]
-    assert result["ratio"][0].startswith("rgba(20, 120, 230, 0.27") and result["ratio"][1].startswith("rgba(240, 120, 0, 0.5") and result["off"] == 0      # .7 log 1.1 / log 1.28, .7 log .85 / log .8
+    assert result["right"] == [6, 0, "3 of 3 groups shown, with 6 completions that match"]
+    assert result["stage"] == [6, 0] and result["least"] == result["most"] == 6 and result["none"] == [0, "0 of 0 groups shown, with 0 completions that match"]
+    assert result["entropy"][0] == 12 * len(rollout(10)["pieces"]) and result["entropy"][1].startswith("rgba(150, 90, 220, 0.10") and re.fullmatch(r"entropy 0\.3\d*, ratio 0\.85", result["entropy"][2])
+    blue, orange = (re.fullmatch(r"rgba\((.*), (.*?)\)", colour) for colour in result["ratio"])
+    assert (blue[1], orange[1], result["off"]) == ("20, 120, 230", "240, 120, 0", 0) and [float(blue[2]), float(orange[2])] == pytest.approx([.299, .510], abs=.01)      # .7 log 1.1 / log 1.25, .7 log .85 / log .8
 
 
 @browser
 def test_clear_brings_everything_back(tmp_path):
     run = make_run(tmp_path / "run", [rollout(1, k) for k in range(4)], [metric(1)])
     path = report.write(run)
-    path.write_text(path.read_text().replace("</body>", "<script>" + TOOLS + """set("answer", "wrong"); pick("ratio"); document.body.dataset.before = cards();
-        document.querySelector("button[type=reset]").click(); setTimeout(() => { document.body.dataset.after = cards() + " " + all(".token").length; }, 100)</script></body>"""))
+    path.write_text(path.read_text().replace("</body>", "<script>{" + TOOLS + """set("answer", "wrong"); set("shade", "ratio"); document.body.dataset.before = cards();
+        document.querySelector("button[type=reset]").click(); setTimeout(() => { document.body.dataset.after = cards() + " " + all(".token").length; }, 100)}</script></body>"""))
     path.write_text(re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", path.read_text(), count=1))
     dom = browse(path)
     assert 'data-before="2"' in dom and 'data-after="4 0"' in dom
@@ -424,9 +389,10 @@ def test_clear_brings_everything_back(tmp_path):
 @browser
 @pytest.mark.parametrize("width", [375, 1280])
 def test_a_phone_never_scrolls_sideways(tmp_path, width, lesions):
-    rows = [row for k in range(3) for row in seen(lesions[:2], text="W" * 500 + " " + "i" * 9000, predicted=[[-20, -20, 90, 90], [0, 0, 1e9, 1e9]], stage="x" * 300)] + seen(lesions[:1], parts={"iou": .1})
+    rows = [row for i in (0, 1) for row in 3 * seen(lesions[i:i + 1], step=i + 1, text="W" * 500 + " " + "i" * 9000, predicted=[[-20, -20, 90, 90], [0, 0, 1e9, 1e9]], stage="x" * 300)]
+    rows += seen(lesions[1:2], step=2, predicted=[])
     accuracy = {"accuracy": .25, "ci95": [.1, .4], "n": 40, "sampled_accuracy": .2, "sampled_ci95": [.1, .3]}
-    run = make_run(tmp_path / "run", rows, [metric(s, alarms=["a" * 400]) for s in range(1, 9)], {"before": accuracy, "after": accuracy}, dataset="demo-images", task="localize", reward="r" * 200)
+    run = make_run(tmp_path / "run", rows, [metric(s, alarms=["a" * 400]) for s in range(1, 9)], {"before": accuracy, "after": accuracy}, dataset="demo-images", task="localize", lr="r" * 200)
     result = ask(report.write(run, items=lesions), TOOLS + """all("details").forEach(node => { node.open = true; }); all(".card button").forEach(node => node.click());
         return {inner: innerWidth, wide: document.documentElement.scrollWidth, pictures: all(".picture img").map(node => node.naturalWidth), boxes: all(".box").length};""", width)
     assert result["wide"] <= result["inner"] == width and result["pictures"] == [56] * 9 and result["boxes"] == 2 + 6 * 3 + 1
