@@ -45,7 +45,7 @@ RULES = [                               # (what a command looks like, the flags 
 ]
 ELSEWHERE = {                           # commands that are not run here, and why
     r"-m pytest|kill_test\.py": "CI runs it itself",
-    r"benchmarks/(vs_trl|prompt_once|vision_step|ablation|real|demo)\.py": "a benchmark of many minutes: --help only",
+    r"benchmarks/(vs_trl|vision_step|ablation|real|demo)\.py": "a benchmark of many minutes: --help only",
 }
 
 

@@ -17,17 +17,7 @@ def demo(found: dict) -> str:
                     f"{between(greedy, '.3f')} [{lowest['ci95'][0]:.3f}, {lowest['ci95'][1]:.3f}] | {between([r['seconds'] / 60 for r in of], '.1f')} |")
     best, clean = [r["explained_variance_best5"] for r in found["rows"] if "explained_variance_best5" in r], [r["clean"]["sampled_accuracy"] for r in found["rows"]]
     return "\n".join(rows) + (f"\n\nAccuracy on {found['rows'][0]['after']['n']} held-out vignettes, seeds {', '.join(sorted({str(r['seed']) for r in found['rows']}))}; 95% Wilson intervals; before it is spoilt the model samples "
-                              f"{between(clean, '.3f')}. {found['machine']}. PPO's critic: explained variance up to {between(best, '.2f')} (best mean of five steps, by seed).")
-
-
-def speed(found: dict) -> str:
-    rows = ["| part | prompt once | prompt 8 times | ratio (median; all pairs) |", "|---|---|---|---|"]
-    names = {"sampling": "sampling, against Hugging Face `generate`", "scoring": "log-probs and backward, against the replicated forward"}
-    for name, text in names.items():
-        r = found[name]
-        rows.append(f"| {text} | {r['seconds']:.1f} s | {r['peer_seconds']:.1f} s | **{r['ratio']:.1f}** ({', '.join(f'{x:.1f}' for x in r['ratios'])}) |")
-    return "\n".join(rows) + (f"\n\n{found['prompts']} prompts of about {found['prompt_tokens']} tokens, {found['samples']} samples of {found['max_new']} tokens, {found['threads']} CPU threads; "
-                              f"ratio of token counts {found['token_ratio']:.1f}. GPU: not measured.")
+                              f"{between(clean, '.3f')}. {found['machine']}. PPO's critic: explained variance up to {between(best, '.2f')} (best mean of five steps, by seed). {found.get('note', '')}")
 
 
 def compare(found: dict) -> str:
@@ -71,13 +61,6 @@ def trl(found: dict) -> str:
                               f"Memory of the head's pass above 16 tokens' (vocabulary x tokens: ours / full logits, GB): {'; '.join(heads)}.")
 
 
-def sweep(found: dict) -> str:
-    rows = ["| samples | prompt | completion | vocabulary | token counts | sampling | log-probs and backward | peak memory |", "|---|---|---|---|---|---|---|---|"]
-    for r in {tuple(r[k] for k in ("samples", "length", "max_new", "vocabulary")): r for r in found["sweep"]}.values():
-        rows.append(f"| {r['samples']} | {r['length']} | {r['max_new']} | {r['vocabulary']:,} | {r['token_ratio']:.1f} | {r['sampling']['ratio']:.1f} | {r['scoring']['ratio']:.1f} | {r['part_memory']['ratio']:.1f} |")
-    return "\n".join(rows) + "\n\nThe other's figure over ours, one pair a row: a random Qwen2 of 4 layers, hidden size 256, 2 prompts, 2 CPU threads, fp32."
-
-
 def ablation(task: str):
     cell = lambda x, sign="": f"{x[0]:{sign}.3f} [{x[1]:{sign}.3f}, {x[2]:{sign}.3f}]"
     titles = {"start": "start", "sampled": "after: sampled", "greedy": "greedy", "kappa": "kappa"}
@@ -98,8 +81,8 @@ def ablation(task: str):
 def main() -> None:
     readme = ROOT / "README.md"
     text = before = readme.read_text(encoding="utf-8")
-    for name, file, render in (("demo", "demo", demo), ("speed", "prompt_once", speed), ("compare", "demo_compare", compare), ("real", "real", real), ("vision", "vision_step", vision),
-                               ("trl", "vs_trl", trl), ("sweep", "vs_trl_sweep", sweep), ("grade", "ablation_grade", ablation("grade")), ("outline", "ablation_classify", ablation("classify"))):
+    for name, file, render in (("demo", "demo", demo), ("compare", "demo_compare", compare), ("real", "real", real), ("vision", "vision_step", vision),
+                               ("trl", "vs_trl", trl), ("grade", "ablation_grade", ablation("grade")), ("outline", "ablation_classify", ablation("classify"))):
         path = ROOT / "benchmarks" / "results" / f"{file}.json"
         if path.exists():
             table = render(json.loads(path.read_text(encoding="utf-8")))

@@ -26,7 +26,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 import data
 import demo
 import policy as policies
@@ -34,7 +34,6 @@ import rewards
 import train
 from data import UsageError
 from policy import Policy, Rollout, collate
-from prompt_once import replicated_backward, timed
 
 BETA, LR, BETA2 = 0.04, 1e-6, 0.95
 SETTINGS = {
@@ -128,6 +127,24 @@ def trl_step(args) -> dict:
         trainer.train()
     last = [line for line in trainer.state.log_history if "loss" in line][-1]
     return {"loss": float(last["loss"]), "grad_norm": float(last["grad_norm"]), **seen}
+
+
+def replicated_backward(model, batch, rows_at_once: int) -> None:
+    """Log-probs and their gradient with every completion behind a prompt of its own."""
+    P, G, T = batch.completion_ids.shape
+    ids = torch.cat([batch.prompt_ids.repeat_interleave(G, 0), batch.completion_ids.flatten(0, 1)], 1)
+    seen = torch.cat([batch.prompt_mask.repeat_interleave(G, 0), batch.mask.flatten(0, 1)], 1)
+    for rows in torch.arange(P * G).split(rows_at_once):
+        logits = model(input_ids=ids[rows], attention_mask=seen[rows].long(), position_ids=(seen[rows].cumsum(1) - 1).clamp(min=0),
+                       use_cache=False, logits_to_keep=T + 1).logits[:, :-1]
+        logps = logits.gather(-1, ids[rows, -T:, None])[..., 0] - logits.logsumexp(-1)
+        (logps * seen[rows, -T:]).sum().backward()
+
+
+def timed(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def random_policy(vocabulary: int, hidden: int, layers: int) -> Policy:

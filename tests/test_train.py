@@ -20,6 +20,7 @@ import demo as demos
 import eval as evaluation
 import policy as policies
 import preflight
+import rewards
 import runs
 import train
 from data import UsageError
@@ -500,3 +501,16 @@ def test_fewer_steps_than_are_done_are_refused(model_dir, tmp_path):
         evaluation.main([str(tmp_path)])
     with pytest.raises(UsageError, match="no data set named 'nope.jsonl'"):
         train.main(["--dataset", "nope.jsonl"])
+
+
+def test_a_logged_rollout_says_what_became_of_each_token(model_dir, tmp_path):
+    """entropy and pi / pi_sampled after the update: 1 where nothing was learned, and elsewhere further from 1 the more was."""
+    still, moved = (run(model_dir, tmp_path / name, "--steps", "2", "--lr", rate, "--warmup", "0") for name, rate in (("still", "1e-9"), ("moved", "1e-2")))
+    far = {}
+    for out in (still, moved):
+        rows = [json.loads(line) for line in (out / "rollouts.jsonl").open(encoding="utf-8")]
+        assert len(rows) == 8 and all(len(r["pieces"]) == len(r["entropy"]) == len(r["ratio"]) == r["tokens"] for r in rows)
+        assert all(r["stage"] in rewards.STAGES and min(r["entropy"]) >= 0 for r in rows)
+        far[out] = max(abs(x - 1) for r in rows for x in r["ratio"])
+        assert "Completions" in (out / "report.html").read_text(encoding="utf-8")
+    assert far[still] < .005 < .05 < far[moved]
