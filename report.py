@@ -124,7 +124,7 @@ def curve(title: str, note: str, steps: list[int], alarms: list, points: dict, b
     values = [*bounds, *(v for found in (points, dots) for ends in found.values() for v in ends)]
     low, high = min(values), max(values)
     pad = (high - low) * .06 or max(abs(high), 1) * .05
-    low, high = low - pad * (low not in bounds), high + pad * (high not in bounds)
+    low, high = low - pad * (low not in bounds), high + pad * (high not in bounds or high == low)
 
     def draw(x, y):
         for there, stretch in groupby(steps, points.__contains__):            # a step without a value leaves a gap
@@ -254,7 +254,7 @@ body { margin: 0; background: var(--back); color: var(--front); font: 15px/1.45 
 h1 { font-size: 1.7rem; margin: 0; grid-column: 1 / -1 } h2 { font-size: 1.25rem; margin: 28px 0 8px } h3 { font-size: 1rem; margin: 0 }
 .soft, summary, dt, label { color: var(--soft); font-size: .85rem } i { display: inline-block; width: .8em; height: .8em; border-radius: 3px; margin-right: 5px }
 header { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 500px), 1fr)); gap: 12px 40px }
-.results { display: flex; flex-wrap: wrap; gap: 0 14px } .results span { flex: 0 0 8em } .results svg { flex: 1 1 150px; min-width: 0; height: 20px; color: var(--soft) }
+.results { display: flex; flex-wrap: wrap; gap: 0 14px } .results span { flex: 0 0 9em } .results svg { flex: 1 1 150px; min-width: 0; height: 20px; color: var(--soft) }
 .results svg + span { flex-basis: 13em } .after { font-weight: 600 } .after svg { color: var(--main) } .bar { fill: currentColor; stroke: currentColor; stroke-width: 3 }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 6px 16px; margin: 0; align-self: start } dd { margin: 0 }
 .alarms { border-left: 4px solid var(--bad); padding-left: 14px } .alarms h2 { color: var(--bad) } ul { margin: 0; padding-left: 18px; max-height: 12em; overflow: auto }

@@ -780,7 +780,7 @@ def main_run(given: dict, resume: Path | None, began: float, export: str = "", d
         config = preflight.preflight(policy, splits["train"], config)
     facts["sizes"] = {name: getattr(config, name) for name in SIZES} | {"head_chunk": policy.head_chunk}
     if dry_run:
-        return say(f"dry run: {len(splits['train'])} items to train on; nothing was written")
+        return print(f"dry run: {len(splits['train'])} items to train on; nothing was written") if ranks.rank() == 0 else None
     run.mkdir(parents=True, exist_ok=True)
     runs.write_json(run / "run.json", facts)
     if init is not None and ranks.rank() == 0:

@@ -411,3 +411,8 @@ def test_the_script_opens_ten_thousand_completions_fast(tmp_path):
     run = make_run(tmp_path / "run", [rollout(s, k) for s in range(1, 1251) for k in range(8)], [metric(s) for s in range(1, 1251)])
     result = ask(report.write(run), TOOLS + """const t = performance.now(); set("from", 3); return [cards(), performance.now() - t];""")
     assert result[0] == 160 and result[1] < 2000
+
+
+def test_a_metric_that_is_always_zero_has_a_chart():
+    """A KL of 0 at the first step left an axis without a length."""
+    assert "step 1: 0" in report.curve("KL", "", [1], [], {1: (0.0, 0.0, 0.0)}, (0,))
