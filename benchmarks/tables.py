@@ -47,18 +47,18 @@ def vision(found: dict) -> str:
 
 
 def trl(found: dict) -> str:
-    names = {"step": ("whole step", "TRL as installed", "seconds"), "step_completions": ("", "TRL, head on completions only", "seconds"), "memory": ("peak memory", "TRL as installed", "gb"),
-             "memory_completions": ("", "TRL, head on completions only", "gb"), "sampling": ("sampling", "Hugging Face `generate`", "seconds"), "scoring": ("log-probs and backward", "replicated prompts", "seconds")}
+    names = {"step": ("whole step", "TRL"), "in_sampling": ("of it sampling", "TRL"), "memory": ("peak memory", "TRL"), "step_completions": ("whole step", "TRL, its head on completions only"),
+             "sampling": ("sampling alone", "Hugging Face `generate`"), "scoring": ("log-probs and backward alone", "replicated prompts")}
+    found = found | {"in_sampling": found["step"]["in_sampling"]}
     rows = ["| | ours | the other | ratio (median; pair by pair) |", "|---|---|---|---|"]
-    for key, (what, peer, unit) in names.items():
-        if key not in found:
-            continue
-        r, form = found[key], "{:.1f} s" if unit == "seconds" else "{:.1f} GB"
-        rows.append(f"| {what} | {form.format(r[unit])} | {peer}: {form.format(r['peer_' + unit])} | **{r['ratio']:.1f}** ({', '.join(f'{x:.1f}' for x in r['ratios'])}) |")
-    heads = [f"{h['vocabulary']:,} x {h['length']:,}: {h['gb']:.2f} / {h['peer_gb']:.2f}" for h in found["head"]]
+    for key, (what, peer) in names.items():
+        if key in found:
+            r, (unit, form) = found[key], ("gb", "{:.1f} GB") if key == "memory" else ("seconds", "{:.1f} s")
+            rows.append(f"| {what} | {form.format(r[unit])} | {peer}: {form.format(r['peer_' + unit])} | **{r['ratio']:.1f}** ({', '.join(f'{x:.1f}' for x in r['ratios'])}) |")
+    heads = [f"{h['vocabulary']:,} x {h['length']:,}: {h['gb']:.2f} / {h['peer_gb']:.2f}" for h in found.get("head", [])]
     return "\n".join(rows) + (f"\n\n{found['model']}, {found['prompts']} prompts of {min(found['prompt_tokens'])} to {max(found['prompt_tokens'])} tokens x {found['samples']} samples x {found['max_new']} tokens, "
-                              f"{found['threads']} CPU threads, fp32; trl {found['trl']}, transformers {found['transformers']}, torch {found['torch']}; {found['machine']}; commit {found['commit'][:7]}, {found['date']}. GPU: not measured.\n\n"
-                              f"Memory of the head's pass above 16 tokens' (vocabulary x tokens: ours / full logits, GB): {'; '.join(heads)}.")
+                              f"{found['threads']} CPU threads, fp32; trl {found['trl']}, transformers {found['transformers']}, torch {found['torch']}; {found['machine']}; commit {found['commit'][:7]}, {found['date']}. GPU: not measured."
+                              + (f"\n\nMemory of the head's pass above 16 tokens' (vocabulary x tokens: ours / full logits, GB): {'; '.join(heads)}." if heads else ""))
 
 
 def ablation(task: str):
