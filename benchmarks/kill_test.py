@@ -78,8 +78,8 @@ def arguments_of(run: Path, flags: list[str]) -> list[str]:
 
 
 def differences(run: Path, whole: Path) -> list[str]:
-    """Files whose bytes differ. run.json and timing.jsonl are not functions of the run alone."""
-    names = [str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file() and path.name not in ("timing.jsonl", "run.json")]
+    """Files whose bytes differ. run.json, timing.jsonl and report.html, which has the run's name in it, are not functions of the run alone."""
+    names = [str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file() and path.name not in ("timing.jsonl", "run.json", "report.html")]
     return [name for name in names if not (run / name).is_file() or not filecmp.cmp(run / name, whole / name, shallow=False)]
 
 
