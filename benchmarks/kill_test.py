@@ -43,17 +43,18 @@ def child(arguments: list[str], log: Path, prepare=lambda: None) -> int:
     pid = os.fork()
     if pid:
         return pid
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
     try:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
         torch.set_num_threads(1)
         prepare()
         train.main(arguments)
         os._exit(0)
-    except BaseException as error:                                            # a forked child must never return into its parent's code
+    except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
+    finally:
+        os._exit(2)                                                           # a forked child must never return into its parent's code, which would tidy up the folder
 
 
 def ended(pid: int) -> int:
@@ -144,14 +145,14 @@ def faults(name: str, flags: list[str], folder: Path, times: int) -> int:
     whole = folder / "whole"
     largest = max(path.stat().st_size for path in runs.newest_checkpoint(whole).iterdir())
     for number in range(times):
-        run = folder / f"fault-{number}"
+        run, log = folder / f"fault-{number}", folder / f"fault-{number}.log"             # a log of its own: the limit is for it too
         limit = rng.randrange(20_000, largest)
-        code = ended(child(["--out", str(run), *flags], folder / "log", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
-        full = code == 2 and "could not be written" in (folder / "log").read_text(encoding="utf-8")
+        code = ended(child(["--out", str(run), *flags], log, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+        full = code == 2 and "could not be written" in log.read_text(encoding="utf-8")
         if not full:
             print(f"  {name}: with files of at most {limit} bytes the run ended with {code}, not with a word on the full disk")
             wrong += 1
-        finish(run, flags, folder / "log")
+        finish(run, flags, log)
         newest = runs.newest_checkpoint(run)
         victim = newest / rng.choice(("policy.safetensors", "optimizer.safetensors", "state.json"))
         content = bytearray(victim.read_bytes())
@@ -160,7 +161,7 @@ def faults(name: str, flags: list[str], folder: Path, times: int) -> int:
         victim.write_bytes(content)
         older = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file() and newest not in path.parents}
         (run / "eval.json").unlink()
-        finish(run, flags, folder / "log")
+        finish(run, flags, log)
         wrong += len(differences(run, whole)) + sum(path.exists() and path.read_bytes() != content for path, content in older.items())
         shutil.rmtree(run)
     return wrong
