@@ -18,7 +18,6 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data
 import demo
 
 FEW = "--steps 2 --prompts 2 --samples 2 --max-new 8 --eval-limit 2"
