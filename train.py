@@ -147,7 +147,7 @@ DEFAULTS = {
     "medqa": dict(model="Qwen/Qwen2.5-3B", template="plain", steps=300, lr=1e-5, max_new=512),      # base model, as in the paper; the rest is our choice
 }
 DEFAULTS["medqa-4"] = DEFAULTS["medqa"]
-DEFAULTS["demo-images"] = DEFAULTS["demo"] | dict(steps=75, prompts=12, max_new=32, eval_every=25, lr=5e-4)
+DEFAULTS["demo-images"] = DEFAULTS["demo"] | dict(steps=120, prompts=12, max_new=32, eval_every=25, lr=5e-4)
 IMAGES = dict(model="Qwen/Qwen2.5-VL-3B-Instruct", steps=200, lr=1e-5, max_new=256, max_prompt=2048)        # bccd and MedMNIST; 200 steps as in Visual-RFT
 DEFAULTS |= {name: IMAGES for name in ("bccd", *images.NAMES)}
 DEMO_ALGOS = {         # what the demo needs beside them; settings that worked in trials
