@@ -14,6 +14,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -332,6 +333,13 @@ def rotate_options(item: Item, by: int = 1) -> Item:
     return replace(item, options=item.options[by % n:] + item.options[:by % n], answer=LETTERS[(gold - by) % n])
 
 
+@lru_cache(maxsize=4)
+def permutation(length: int, key: str) -> list[int]:
+    order = list(range(length))
+    random.Random(key).shuffle(order)
+    return order
+
+
 def batch_for_step(items: list[Item], step: int, n: int, seed) -> list[Item]:
     """The n items of a step: pages of an endless book, each epoch of it a new permutation of `items` drawn from (seed, epoch).
 
@@ -339,14 +347,10 @@ def batch_for_step(items: list[Item], step: int, n: int, seed) -> list[Item]:
     """
     if not items:
         raise UsageError("no items to draw a batch from")
-    pages: dict[int, list[int]] = {}
     batch = []
     for position in range(step * n, step * n + n):
         epoch, place = divmod(position, len(items))
-        if epoch not in pages:
-            pages[epoch] = list(range(len(items)))
-            random.Random(f"{seed} {epoch}").shuffle(pages[epoch])
-        batch.append(items[pages[epoch][place]])
+        batch.append(items[permutation(len(items), f"{seed} {epoch}")[place]])
     return batch
 
 

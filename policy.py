@@ -112,19 +112,20 @@ FRAMES = {"qwen2_5_vl": None, "qwen2_vl": (1000, 1000)}
 NO_MASK = torch.empty(0, 0, 0, 0)       # four-dimensional: transformers passes it on as it is and builds none of its own
 
 
+def causal_mask(prompt_mask: Tensor) -> Tensor | None:
+    """[P, L] -> [P, 1, L, L]: causal, no padding seen; a padding row sees itself, so that its softmax is not empty. None where nothing is padded: plainly causal."""
+    if prompt_mask.all():
+        return None
+    L = prompt_mask.shape[1]
+    ones = torch.ones(L, L, dtype=torch.bool, device=prompt_mask.device)
+    return (ones.tril() & prompt_mask[:, None, None, :]) | torch.eye(L, dtype=torch.bool, device=prompt_mask.device)
+
+
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """[B, H, S, D], [B, Hkv, K, D] x 2, [B, 1, S, K] or None = causal -> [B, H, S, D]. K/V heads are repeated: with a mask, CUDA's grouped path falls back to the slow kernel."""
     repeat = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeat, 1) if repeat > 1 else x for x in (key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
-
-
-def among_prompts(query: Tensor, key: Tensor, value: Tensor, pads: list[int], scale: float) -> Tensor:
-    """Causal attention of left-padded prompts [P, h, L, D] to themselves, 0 at padding. One by one: a kernel that is told "causal" does half the work of one that is given a mask."""
-    if not any(pads):
-        return sdpa(query, key, value, None, scale)
-    rows = [[x[p:p + 1, :, pad:] for x in (query, key, value)] for p, pad in enumerate(pads)]
-    return torch.cat([F.pad(sdpa(*row, None, scale), (0, 0, pad, 0)) for row, pad in zip(rows, pads)])
 
 
 class Packed:
@@ -133,7 +134,7 @@ class Packed:
     def __init__(self, prompt_mask: Tensor, G: int, T: int):
         P, self.L = prompt_mask.shape
         self.G, self.T = G, T
-        self.pads = (~prompt_mask).sum(1).tolist()                                                # how many at the left of each prompt
+        self.prompt_mask = causal_mask(prompt_mask)                                               # [P, 1, L, L] or None
         own = torch.ones(T, T, dtype=torch.bool, device=prompt_mask.device).tril()
         mask = torch.cat([prompt_mask[:, None, :].expand(P, T, self.L), own.expand(P, T, T)], 2)  # [P, T, L+T]
         self.completion_mask = mask.repeat_interleave(G, 0)[:, None]                              # [P*G, 1, T, L+T]
@@ -141,7 +142,7 @@ class Packed:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query [P, H, L+G*T, D], key and value [P, Hkv, L+G*T, D] -> [P, H, L+G*T, D]"""
         L, G, T = self.L, self.G, self.T
-        prompt = among_prompts(query[:, :, :L], key[:, :, :L], value[:, :, :L], self.pads, scale)
+        prompt = sdpa(query[:, :, :L], key[:, :, :L], value[:, :, :L], self.prompt_mask, scale)
         if T == 0:
             return prompt
         fold = lambda x: x[:, :, L:].unflatten(2, (G, T)).transpose(1, 2).flatten(0, 1)           # [P, h, G*T, D] -> [P*G, h, T, D]
@@ -162,7 +163,7 @@ class Cache:
 
     def __init__(self, prompt_mask: Tensor, G: int, max_new: int):
         self.prompt_mask, self.G, self.max_new, self.length = prompt_mask, G, max_new, -1         # length -1: the prompt comes next
-        self.pads = (~prompt_mask).sum(1).tolist()
+        self.causal = causal_mask(prompt_mask)
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}                                        # layer -> K, V [P, Hkv, L, D]
         self.own: dict[int, tuple[Tensor, Tensor]] = {}                                           # layer -> K, V [P, Hkv, G, max_new, D]
 
@@ -179,14 +180,14 @@ class Cache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Prompt: query [P, H, L, D] -> the same. Decoding: query [P, H, G, D], G tokens that each see the prompt and their own past."""
         if self.length < 0:
-            return among_prompts(query, key, value, self.pads, scale)
+            return sdpa(query, key, value, self.causal, scale)
         prompt_key, prompt_value = self.prompt[layer]
         own_key, own_value = (x[:, :, :, :self.length + 1] for x in self.own[layer])              # [P, Hkv, G, t+1, D]
         P, Hkv, L, D = prompt_key.shape
         q = query.unflatten(1, (Hkv, -1)).transpose(2, 3)                                         # [P, Hkv, G, R, D], R query heads a K/V head
         R = q.shape[3]
         to_prompt = (q.flatten(2, 3) @ prompt_key.transpose(2, 3)).unflatten(2, (-1, R))          # [P, Hkv, G, R, L]
-        if any(self.pads):
+        if self.causal is not None:                                                               # some prompt is padded
             to_prompt.masked_fill_(~self.prompt_mask[:, None, None, None, :], -torch.inf)
         to_own = q @ own_key.transpose(3, 4)                                                      # [P, Hkv, G, R, t+1]
         p = torch.cat([to_prompt, to_own], -1).float().mul_(scale).softmax(-1).to(q.dtype)

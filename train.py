@@ -600,7 +600,12 @@ def first_policy(config: Config, run: Path, splits: dict, results: dict, dry_run
         policy = demo.tiny_vl_policy(seed, texts, train_vision=True)
     else:
         policy = demo.demo_policy(seed)
-    for name in demo.warm_start(policy, splits["train"], config) if config.model != "tiny-vl" and not dry_run else ():
+    if config.model == "tiny-vl" or dry_run:
+        stages = ()
+    else:
+        say("a tiny model is made first, taught the task and then spoilt: about a minute on two cores")
+        stages = demo.warm_start(policy, splits["train"], config)
+    for name in stages:
         if name == "clean":
             results["clean"], _ = evaluation.evaluate(policy, splits["test"], config, samples=config.eval_samples, label="clean warm start ")
     if ranks.rank() == 0:
