@@ -38,10 +38,10 @@ from policy import Policy, Rollout, collate
 BETA, LR, BETA2 = 0.04, 1e-6, 0.95
 SETTINGS = {
     "both": f"all weights trained, fp32, AdamW (lr {LR}, betas 0.9 {BETA2}, no decay), gradient norm 1, gradient checkpointing, beta {BETA} (k3) with a frozen copy as reference, "
-            "one update a rollout and so old log-probs on neither side, each sequence weighs the same, all rows in one batch, temperature 1, no top-k or top-p",
+            "one update a rollout and so old log-probs on neither side, each sequence weighs the same, all rows in one batch (--micro-batch 1: a prompt's), temperature 1, no top-k or top-p",
     "grading": "rewards.grade, plus (index in the group) / G: SmolLM2 earns -1 everywhere, and a step whose gradient is 0 would be no example",
     "EOS": "stops no row: it is taken off both sides' lists (min_new_tokens would cost TRL a pass over the logits a token)",
-    "TRL": "generate without vLLM, loss_type grpo, num_iterations 1, steps_per_generation 1, use_bias_correction_kl off, sdpa; else its defaults, "
+    "TRL": "generate without vLLM, loss_type grpo, num_iterations 1, one generation an optimiser step, use_bias_correction_kl off, sdpa; else its defaults, "
            "such as a chunked head; AdamW is fused on both sides",
     "timed": "the second step, from its first prompt to its zeroed gradients, without loading; peak memory is ru_maxrss of the process, loading included",
     "parts": "sampling against HF generate on G copies of each prompt; log-probs and backward against G copies, a group at a time, full logits, no entropy",
@@ -74,7 +74,8 @@ def our_step(args) -> dict:
     items = vignettes(args)
     policy = Policy.load(args.model, lora=0, checkpointing=True, keep_reference=True)
     policy.eos_ids, policy.stop_answer = [], False
-    config = train.Config(dataset="medqa", full=True, prompts=args.prompts, samples=args.samples, max_new=args.max_new, kl_coef=BETA, lr=LR, beta2=BETA2)
+    config = train.Config(dataset="medqa", full=True, prompts=args.prompts, samples=args.samples, max_new=args.max_new, kl_coef=BETA, lr=LR, beta2=BETA2,
+                          micro_batch=args.micro_batch)
     optimizer = train.make_optimizer(policy, config)
     for step in range(2):                                                     # the first warms up
         start = time.perf_counter()
@@ -95,6 +96,7 @@ def trl_step(args) -> dict:
     if args.side == "trl-completions":                                        # read at this one place: the kernels, which need Triton, ask their own module
         trl.trainer.utils._use_triton = lambda device: True
     items, G, T = vignettes(args), args.samples, args.max_new
+    passes = args.prompts // (args.micro_batch or args.prompts)
     tokenizer, graded = policies.load_tokenizer(args.model), train.Config()
     prompt = data.messages if tokenizer.chat_template else lambda item: data.plain_text(data.messages(item))
 
@@ -107,7 +109,7 @@ def trl_step(args) -> dict:
     clock.on_step_end = lambda *_, **__: seen.update(seconds=time.perf_counter() - seen["start"])
     with tempfile.TemporaryDirectory() as out:
         config = trl.GRPOConfig(
-            out, per_device_train_batch_size=args.prompts * G, gradient_accumulation_steps=1, steps_per_generation=1, num_generations=G, num_iterations=1, max_steps=2,
+            out, per_device_train_batch_size=args.prompts * G // passes, gradient_accumulation_steps=passes, steps_per_generation=passes, num_generations=G, num_iterations=1, max_steps=2,
             max_completion_length=T, temperature=1.0, top_p=1.0, top_k=0, beta=BETA, loss_type="grpo", scale_rewards="group", use_bias_correction_kl=False,
             learning_rate=LR, lr_scheduler_type="constant", adam_beta2=BETA2, weight_decay=0.0, max_grad_norm=1.0, gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=False, fp16=False, use_cpu=True, use_vllm=False,
@@ -329,6 +331,7 @@ def main() -> None:
     p.add_argument("--samples", type=int, default=8, help="at least 2: TRL refuses 1")
     p.add_argument("--max-new", type=int, default=64, help="forced tokens a sample")
     p.add_argument("--length", type=int, default=400, help="prompt tokens, about: a vignette of MedQA has 300 to 400")
+    p.add_argument("--micro-batch", type=int, default=0, help="prompts a scoring pass, on both sides; 0 = all")
     p.add_argument("--pairs", type=int, default=3)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--sweep", type=int, nargs="?", const=1, default=0, metavar="PAIRS", help="also vary samples, lengths and vocabulary on a small random model, PAIRS (1) a point")
@@ -338,13 +341,15 @@ def main() -> None:
     args = p.parse_args()
     if args.side:
         return print(json.dumps(one_side(argparse.Namespace(**json.loads(args.side)))))
+    if args.micro_batch and args.prompts % args.micro_batch:
+        raise UsageError(f"--micro-batch {args.micro_batch} does not divide --prompts {args.prompts}, and TRL's batches are all of one size")
     if util.find_spec("trl") is None:
         raise UsageError("TRL is not installed: pip install trl")
     default_paths(args)
     if len(data.load("medqa", "train", args.data_dir, limit=args.prompts)) < args.prompts:
         raise UsageError(f"{args.data_dir} has fewer than {args.prompts} training items")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.strip()
-    result = {"model": Path(args.model).name, **{key: getattr(args, key) for key in ("prompts", "samples", "max_new", "length", "pairs", "threads")},
+    result = {"model": Path(args.model).name, **{key: getattr(args, key) for key in ("prompts", "samples", "max_new", "length", "micro_batch", "pairs", "threads")},
               **{name: metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate")}, "python": platform.python_version(),
               "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "commit": commit or "unknown", "date": datetime.date.today().isoformat()}
     print("\n".join(f"{key}: {value}" for key, value in (result | SETTINGS).items()), flush=True)
