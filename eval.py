@@ -314,7 +314,7 @@ def settings(args, config: dict, dataset: str | None = None, style: str | None =
     if dataset and dataset != config.get("dataset"):                          # what was said of the run's own data set
         config = {name: value for name, value in config.items() if name not in ("task", "target", "knowledge", "knowledge_file")}
     chosen = {name: value for name, value in (("dataset", dataset), ("style", style)) if value}
-    return SimpleNamespace(**(defaults | config | flags | chosen))
+    return SimpleNamespace(**(defaults | config | flags | chosen), order=config.get("seed", 0))     # options stand as in training, whatever --seed is
 
 
 def fitting(policy, items: list[Item], config, what: str = "") -> list[Item]:
@@ -331,7 +331,7 @@ def fitting(policy, items: list[Item], config, what: str = "") -> list[Item]:
 def load_items(config, split: str, limit: int | None) -> list[Item]:
     items = data.load(config.dataset, split, config.data_dir or None, limit, config.task, config.target)
     items = data.with_knowledge(items, config.dataset, config.knowledge, config.knowledge_file)
-    return [data.shuffle_options(item, config.seed) for item in items] if config.shuffle_options else items
+    return [data.shuffle_options(item, config.order) for item in items] if config.shuffle_options else items
 
 
 def seen_in_training(items: list[Item], run: dict) -> int | None:

@@ -274,14 +274,17 @@ class LoRALinear(nn.Module):
         return y + self.scale * F.linear(F.linear(x, self.A[name].to(x.dtype)), self.B[name].to(x.dtype))
 
 
-def add_lora(decoder: nn.Module, rank: int, alpha: float, targets: str, switch: dict, names: list[str], seed: int) -> int:
-    """Replace the decoder's linear layers by LoRALinear: all, or those whose name stands in the comma list. Returns how many."""
+def add_lora(decoder: nn.Module, rank: int, alpha: float, targets: str, switch: dict, names: list[str], seed: int) -> None:
+    """Replace the decoder's linear layers by LoRALinear: all, or those whose name stands in the comma list, of which each must be there."""
     generator = torch.Generator().manual_seed(seed)
-    found = [(parent, name, child) for parent in decoder.modules() for name, child in parent.named_children()
-             if isinstance(child, nn.Linear) and (targets == "all" or name in targets.split(","))]
-    for parent, name, child in found:
-        setattr(parent, name, LoRALinear(child, rank, alpha, switch, names, generator))
-    return len(found)
+    linear = [(parent, name, child) for parent in decoder.modules() for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+    there = {name for _, name, _ in linear}
+    wanted = there if targets == "all" else {name.strip() for name in targets.split(",")}
+    if unknown := sorted(wanted - there):
+        raise UsageError(f"--lora-targets {targets}: no linear layer of this model is named {', '.join(map(repr, unknown))}; there are {', '.join(sorted(there))}")
+    for parent, name, child in linear:
+        if name in wanted:
+            setattr(parent, name, LoRALinear(child, rank, alpha, switch, names, generator))
 
 
 # ----------------------------------------------------------------------------------------------- policy
@@ -302,8 +305,8 @@ class Policy:
             if type(layer) is nn.Linear:
                 layer.__class__ = ThinLinear
         names = ["policy"] + ["reference"] * (init is not None) + ["critic"] * (critic == "lora")
-        if lora and not add_lora(model.get_decoder(), lora, lora_alpha or 2 * lora, lora_targets, self.switch, names, seed):
-            raise UsageError(f"no linear layer of this model is named {lora_targets!r}: see --lora-targets")
+        if lora:
+            add_lora(model.get_decoder(), lora, lora_alpha or 2 * lora, lora_targets, self.switch, names, seed)
         if image_processor and not train_vision:
             model.model.visual.requires_grad_(False)
         elif image_processor and lora:

@@ -24,8 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def trained(out: Path, algo: str, seed: int) -> dict:
     start, run = time.perf_counter(), out / f"{algo}-{seed}"
-    subprocess.run([sys.executable, ROOT / "train.py", "--algo", algo, "--seed", str(seed), "--out", run], check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--algo", algo, "--seed", str(seed), "--out", run],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"demo.py: {run}: {done.stderr.strip() or 'ended without a word'}")
     seconds = time.perf_counter() - start
     result = json.loads((run / "eval.json").read_text(encoding="utf-8"))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]

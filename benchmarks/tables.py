@@ -48,12 +48,12 @@ def vision(found: dict) -> str:
 
 def trl(found: dict) -> str:
     names = {"step": ("whole step", "TRL"), "in_sampling": ("of it sampling", "TRL"), "memory": ("peak memory", "TRL"), "step_completions": ("whole step", "TRL, its head on completions only"),
-             "sampling": ("sampling alone", "Hugging Face `generate`"), "scoring": ("log-probs and backward alone", "replicated prompts")}
+             "step_by_prompt": ("whole step, one prompt a pass", "TRL, likewise"), "memory_by_prompt": ("peak memory, one prompt a pass", "TRL, likewise"), "sampling": ("sampling alone", "Hugging Face `generate`"), "scoring": ("log-probs and backward alone", "replicated prompts")}
     found = found | {"in_sampling": found["step"]["in_sampling"]}
     rows = ["| | ours | the other | ratio (median; pair by pair) |", "|---|---|---|---|"]
     for key, (what, peer) in names.items():
         if key in found:
-            r, (unit, form) = found[key], ("gb", "{:.1f} GB") if key == "memory" else ("seconds", "{:.1f} s")
+            r, (unit, form) = found[key], ("gb", "{:.1f} GB") if key.startswith("memory") else ("seconds", "{:.1f} s")
             rows.append(f"| {what} | {form.format(r[unit])} | {peer}: {form.format(r['peer_' + unit])} | **{r['ratio']:.1f}** ({', '.join(f'{x:.1f}' for x in r['ratios'])}) |")
     heads = [f"{h['vocabulary']:,} x {h['length']:,}: {h['gb']:.2f} / {h['peer_gb']:.2f}" for h in found.get("head", [])]
     return "\n".join(rows) + (f"\n\n{found['model']}, {found['prompts']} prompts of {min(found['prompt_tokens'])} to {max(found['prompt_tokens'])} tokens x {found['samples']} samples x {found['max_new']} tokens, "

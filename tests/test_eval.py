@@ -1,7 +1,8 @@
 """Every statistic against a published package or a count by hand; the table of two models side by side."""
+import argparse
 import doctest
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -117,6 +118,12 @@ def test_another_data_set_does_not_inherit_the_runs_task():
     run = {"dataset": "bccd", "task": "classify", "knowledge": "class", "data_dir": "D"}
     assert evaluation.settings(args, run, "demo").task == "" and evaluation.settings(args, run, "demo").knowledge == "none"
     assert evaluation.settings(args, run, "bccd").task == evaluation.settings(args, run).task == "classify"
+
+
+def test_another_seed_draws_other_samples_of_the_same_options():
+    config = train.make_config({"shuffle_options": True, "seed": 3})
+    orders = [evaluation.load_items(evaluation.settings(argparse.Namespace(seed=seed), asdict(config)), "dev", None) for seed in (None, 7)]
+    assert orders[0] == orders[1] == train.load_splits(config)["dev"]
 
 
 def test_likelihood_is_the_replicated_forward(folders):

@@ -331,3 +331,10 @@ def test_head_by_chunks_is_the_whole_head(items):
         policy.score(batch).logps.sum().backward()
         gradients.append(policy.model.lm_head.weight.grad.clone())
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_each_name_of_lora_targets_must_be_there():
+    policy = family("llama", lora=4, lora_targets="q_proj, v_proj")
+    assert {name.split(".")[-3] for name in policy.trainable()} == {"q_proj", "v_proj"}
+    with pytest.raises(UsageError, match="'v_prj'"):
+        family("llama", lora=4, lora_targets="q_proj,v_prj")
