@@ -55,9 +55,10 @@ def trl(found: dict) -> str:
         if key in found:
             r, (unit, form) = found[key], ("gb", "{:.1f} GB") if key.startswith("memory") else ("seconds", "{:.1f} s")
             rows.append(f"| {what} | {form.format(r[unit])} | {peer}: {form.format(r['peer_' + unit])} | **{r['ratio']:.1f}** ({', '.join(f'{x:.1f}' for x in r['ratios'])}) |")
+    commits = "; ".join(f"{what} at commit {commit[:7]}" for what, commit in found.get("commits", {"all": found["commit"]}).items())
     heads = [f"{h['vocabulary']:,} x {h['length']:,}: {h['gb']:.2f} / {h['peer_gb']:.2f}" for h in found.get("head", [])]
     return "\n".join(rows) + (f"\n\n{found['model']}, {found['prompts']} prompts of {min(found['prompt_tokens'])} to {max(found['prompt_tokens'])} tokens x {found['samples']} samples x {found['max_new']} tokens, "
-                              f"{found['threads']} CPU threads, fp32; trl {found['trl']}, transformers {found['transformers']}, torch {found['torch']}; {found['machine']}; commit {found['commit'][:7]}, {found['date']}. GPU: not measured."
+                              f"{found['threads']} CPU threads, fp32; trl {found['trl']}, transformers {found['transformers']}, torch {found['torch']}; {found['machine']}; {commits}, {found['date']}. GPU: not measured."
                               + (f"\n\nMemory of the head's pass above 16 tokens' (vocabulary x tokens: ours / full logits, GB): {'; '.join(heads)}." if heads else ""))
 
 
