@@ -17,7 +17,7 @@ def demo(found: dict) -> str:
                     f"{between(greedy, '.3f')} [{lowest['ci95'][0]:.3f}, {lowest['ci95'][1]:.3f}] | {between([r['seconds'] / 60 for r in of], '.1f')} |")
     best, clean = [r["explained_variance_best5"] for r in found["rows"] if "explained_variance_best5" in r], [r["clean"]["sampled_accuracy"] for r in found["rows"]]
     return "\n".join(rows) + (f"\n\nAccuracy on {found['rows'][0]['after']['n']} held-out vignettes, seeds {', '.join(sorted({str(r['seed']) for r in found['rows']}))}; 95% Wilson intervals; before it is spoilt the model samples "
-                              f"{between(clean, '.3f')}. {found['machine']}. PPO's critic: explained variance up to {between(best, '.2f')} (best mean of five steps, by seed). {found.get('note', '')}")
+                              f"{between(clean, '.3f')}. {found['machine']}. PPO's critic: explained variance up to {between(best, '.2f')} (best mean of five steps, by seed). Commit {found['commit']}.")
 
 
 def compare(found: dict) -> str:
