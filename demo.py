@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import data
 from data import LETTERS, Item, fingerprint
 from policy import ImageProcessor, Policy, collate
+from ranks import say
 
 
 # ------------------------------------------------------------------------------------------------ vignettes
@@ -194,7 +195,10 @@ def warm_start(policy: Policy, items: list, config, clean_steps: int = 0, dilute
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=2.5e-3)
     rng = random.Random(f"warm {config.seed}")
     starts = {item.id: policy.start(item, 0, "think") for item in items}
-    for step in tqdm(range(clean_steps + diluted_steps), desc="warm start", unit="step", leave=False, disable=None):
+    bar = tqdm(range(clean_steps + diluted_steps), desc="warm start", unit="step", leave=False, disable=None)
+    for step in bar:
+        if bar.disable and step % 250 == 0:                                                   # no terminal: a line now and then
+            say(f"warm start: step {step} of {bar.total}")
         if step == clean_steps:
             yield "clean"
         diluted = step >= clean_steps

@@ -473,6 +473,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"{name}: neither a run folder (no run.json) nor a Hugging Face folder (no config.json)")
     if args.ask:
         policy, run = runs.open_policy(args.models[0], policies.pick_device(args.device), **{k: v for k in ("template", "stop_answer") if (v := getattr(args, k))})
+        unknown = policy.tokenizer.unk_token_id
+        if unknown is not None and (n := policy.tokenizer(args.ask).input_ids.count(unknown)):
+            print(f"eval.py: {n} words of the question are unknown to this model, and it sees none of them", file=sys.stderr)
         print(answer(policy, [Item("ask", "choice", args.ask, (), "")], settings(args, run, style=(args.style or [None])[0]))[0].text.strip())
         return
     for name in args.models:                                                  # data first: a wrong name is answered before any model is loaded

@@ -49,7 +49,11 @@ def test_a_fork_trains(what, flags, diff, tmp_path):
     run = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["config"]
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open(encoding="utf-8")]
     assert len(metrics) == 2 and all(m["skipped"] == 0 for m in metrics)
-    expected = {"--w-because": ("w_because", .5), "--dataset": ("dataset", "doses"), "--algo": ("ratio", "cispo")}[flags.split()[0]]
+    expected = {"--w-suggest": ("w_suggest", .5), "--dataset": ("dataset", "doses"), "--algo": ("ratio", "cispo")}[flags.split()[0]]
     assert run[expected[0]] == expected[1]
     if what == "A reward":
-        assert "part_because" in metrics[0]
+        assert "part_suggest" in metrics[0]
+        code = ("import data, rewards, train; item = data.load('demo', 'dev')[0]; config = train.Config(w_suggest=.5); "
+                "print(*(rewards.grade(item, f'<think> findings {word} gout </think> <answer> A </answer>', config, True, 9).total for word in ('suggest', 'fit')))")
+        paid, unpaid = map(float, subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split())
+        assert paid - unpaid == .5
