@@ -603,7 +603,7 @@ def first_policy(config: Config, run: Path, splits: dict, results: dict, dry_run
     if config.model == "tiny-vl" or dry_run:
         stages = ()
     else:
-        say("a tiny model is made first, taught the task and then spoilt: about a minute on two cores")
+        say("a tiny model is made first, taught the task and then spoilt: one to two minutes on a CPU")
         stages = demo.warm_start(policy, splits["train"], config)
     for name in stages:
         if name == "clean":
