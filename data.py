@@ -17,14 +17,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from support.errors import UsageError
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SPLITS = ("train", "dev", "test")
 DATASETS = ("demo", "demo-images", "medqa", "medqa-4", "mmlu-pro-health", "bccd", "the MedMNIST sets (retinamnist, retinamnist-28, ...)")
 MAX_LINE = 1_000_000                    # characters in one line of JSONL: a longer one is no exam question
-
-
-class UsageError(ValueError):
-    """A mistake that the user can mend: shown as one line, without a traceback, exit code 2."""
 
 
 @dataclass(frozen=True)
