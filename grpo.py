@@ -8,6 +8,8 @@ Nothing here knows a model, a tokenizer or a file: read it with those sections o
 import torch
 from torch import Tensor
 
+from metrics import Stats
+
 
 # ------------------------------------------------------------------------------------------------- advantages
 def group_advantages(rewards: Tensor, groups: Tensor, scale: str = "std", eps: float = 1e-4,
@@ -119,8 +121,9 @@ def token_weights(lengths: Tensor, mode: str = "sequence", max_new: int | None =
 
 
 # ----------------------------------------------------------------------------------------------------- losses
-def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor, *, clip_low: float = .2,
-                clip_high: float = .2, ratio: str = "token", dual_clip: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor,
+                *, clip_low: float = .2, clip_high: float = .2, ratio: str = "token",
+                dual_clip: float | None = None) -> tuple[Tensor, Stats]:
     """- sum_i w_i sum_t min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A),   rho = pi(o_t) / pi_old(o_t).
 
     logps, old_logps, mask [N, T]; advantages [N] or [N, T]; weights [N] -> (loss [], stats).
@@ -128,12 +131,16 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
     asks for*. clip_high > clip_low is DAPO's clip-higher (arXiv 2503.14476, section 3.1). ratio="sequence" is GSPO (arXiv 2507.18071,
     eq. 7): rho is the geometric mean over the row's tokens. dual_clip=c bounds the loss of a negative advantage at c |A| (arXiv 1912.09729).
     On the first update rho = 1, so the *value* is about -mean(A) = 0, while the gradient is REINFORCE's: a loss of 0 is no sign of a fault.
-    stats: clipped_low, clipped_high (the weights of the clipped tokens), max_ratio; sums over micro-batches add up.
+    stats: clipped_low and clipped_high, the share of tokens whose gradient the clip stopped on
+    either side, weighted like the loss; max_ratio, the largest rho of a counted token.
 
     >>> lp = torch.log(torch.tensor([[.6], [.6]])); old = torch.log(torch.tensor([[.4], [.4]]))      # rho = 1.5
     >>> A, m, w = torch.tensor([1., -1.]), torch.ones(2, 1).bool(), torch.tensor([.5, .5])
-    >>> round(policy_loss(lp, old, A, m, w)[0].item(), 4)                     # -(.5 * min(1.5, 1.2) + .5 * min(-1.5, -1.2))
+    >>> loss, stats = policy_loss(lp, old, A, m, w)
+    >>> round(loss.item(), 4)                           # -(min(1.5, 1.2) + min(-1.5, -1.2)) / 2
     0.15
+    >>> [round(stats[name], 4) for name in ("clipped_high", "clipped_low", "max_ratio")]
+    [0.5, 0.0, 1.5]
     """
     if advantages.dim() == 1:
         advantages = advantages[:, None]                                      # [N, 1]: one advantage for the whole completion
@@ -149,10 +156,10 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
         surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
     per_token = weights[:, None] * counted                                    # [N, T], sums to 1 in the first two modes
     loss = -(per_token * surrogate).sum()
-    with torch.no_grad():
-        stats = {"clipped_low": (per_token * ((rho < 1 - clip_low) & (advantages < 0))).sum(),
-                 "clipped_high": (per_token * ((rho > 1 + clip_high) & (advantages > 0))).sum(),
-                 "max_ratio": rho.max() if rho.numel() else loss.detach() * 0 + 1}
+    stats = Stats()
+    stats.mean("clipped_low", (rho < 1 - clip_low) & (advantages < 0), per_token)
+    stats.mean("clipped_high", (rho > 1 + clip_high) & (advantages > 0), per_token)
+    stats.max("max_ratio", rho.detach().expand_as(logps)[mask.bool()])
     return loss, stats
 
 

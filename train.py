@@ -39,6 +39,7 @@ import report
 import rewards
 import runs
 from data import UsageError
+from metrics import Stats, over_steps
 from policy import Policy, Rollout, collate
 from ranks import say
 
@@ -342,8 +343,12 @@ class Fixed:
         return Fixed(*(x if x is None else x[prompts, :, :T].flatten(0, 1) for x in vars(self).values()))
 
 
-def update(policy: Policy, optimizer, rollouts: list[Rollout], config: Config, step: int) -> dict:
-    """config.updates passes of config.minibatches optimiser steps over one rollout. Returns the metrics, means over the optimiser steps.
+def update(
+    policy: Policy, optimizer, rollouts: list[Rollout], config: Config, step: int
+) -> dict[str, float]:
+    """config.updates passes of config.minibatches optimiser steps over one rollout.
+
+    Returns the metrics: means over the optimiser steps, or their maximum.
 
     The loss of an optimiser step is one weighted sum over its rows. The weights are fixed before the first micro-batch, so micro-batches are parts of a sum.
     """
@@ -364,13 +369,14 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], config: Config, s
         for mini in order.tensor_split(min(config.minibatches, P)):
             weights = grpo.token_weights(batch.mask[mini].sum(2).flatten(), config.weights, config.max_new).view(-1, G)
             stats = halving(lambda: accumulate(policy, batch, fixed, mini, weights, config, step), config, f"step {step + 1}")
-            lengths = batch.mask[mini].sum(2)
-            counted = float((weights * lengths).sum())                                        # 1, but for the weights "constant"
-            stats = {name: value if name.startswith(("max_", "loss")) else value / counted for name, value in stats.items()}
-            for part in ("policy", "critic") if gae else ("policy",):                         # each by itself: a large error of the critic must not shrink the policy's step
-                stats[f"{part}_grad_norm"] = float(torch.nn.utils.clip_grad_norm_(list(policy.trainable(part).values()), config.max_grad_norm))
-            stats["skipped"] = float(not all(math.isfinite(value) for value in stats.values()))
-            if not stats["skipped"]:
+            # Each by itself: a large error of the critic must not shrink the policy's step.
+            for part in ("policy", "critic") if gae else ("policy",):
+                parameters = list(policy.trainable(part).values())
+                norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                stats.sum(f"{part}_grad_norm", norm)
+            finite = all(math.isfinite(figure) for figure in stats.figures().values())
+            stats.sum("skipped", not finite)
+            if finite:
                 optimizer.step()
             else:
                 bad = [row for row, logps in enumerate(scored(policy, batch, config, values_too=False)[0].flatten(0, 1)) if not logps.isfinite().all()]
@@ -378,9 +384,9 @@ def update(policy: Policy, optimizer, rollouts: list[Rollout], config: Config, s
                     + (f"Rows without finite log-probs: {bad[:8]}, of items {sorted({rollouts[row].item.id for row in bad[:8]})}" if bad else "The log-probs of every row are finite"))
             optimizer.zero_grad(set_to_none=True)
             history.append(stats)
-    merge = lambda name, values: max(values) if name.startswith("max_") else sum(values) / len(values)
-    metrics = {name: merge(name, [stats[name] for stats in history]) for name in history[0]}
-    return metrics | first | {"max_sampler_gap": history[0]["max_sampler_gap"]}               # before any weight moved: how far sampler and scorer differ
+    # The gap of the first step only, before any weight moved: how far sampler and scorer differ.
+    gap = {"max_sampler_gap": history[0]["max_sampler_gap"]}
+    return over_steps(history) | first | gap
 
 
 def halving(work, config: Config, where: str):
@@ -392,17 +398,21 @@ def halving(work, config: Config, where: str):
             config.micro_batch = preflight.smaller(config, "micro_batch", where)
 
 
-def accumulate(policy: Policy, batch: policies.Batch, fixed: Fixed, mini: Tensor, weights: Tensor, config: Config, step: int) -> dict[str, float]:
-    """The gradient of one optimiser step, a micro-batch at a time, and the sums and maxima to log. mini: its prompts; weights [len(mini), G]"""
-    stats: dict[str, float] = {}
+def accumulate(policy: Policy, batch: policies.Batch, fixed: Fixed, mini: Tensor, weights: Tensor,
+               config: Config, step: int) -> Stats:
+    """The gradient of one optimiser step, a micro-batch at a time, and its metrics.
+
+    mini: the indices of its prompts; weights [len(mini), G].
+    """
+    stats = Stats()
     for p in policy.trainable().values():
         p.grad = None                                                                         # what a first try that ran out of memory left
     for part in shares(len(mini), config.micro_batch):
         some = batch.prompts(mini[part])
-        loss, terms = loss_of(policy, some, fixed.rows(mini[part], some.mask.shape[2]), weights[part].flatten(), config, step)
+        fixed_rows = fixed.rows(mini[part], some.mask.shape[2])
+        loss, of_part = loss_of(policy, some, fixed_rows, weights[part].flatten(), config, step)
         loss.backward()
-        for name, value in terms.items():
-            stats[name] = max(stats.get(name, 0.0), float(value)) if name.startswith("max_") else stats.get(name, 0.0) + float(value)
+        stats.merge(of_part)
     return summed(policy, stats)
 
 
@@ -412,15 +422,21 @@ def shares(n: int, size: int) -> list[Tensor]:
     return [torch.arange(first, min(first + size, mine.stop)) for first in mine[::size]]
 
 
-def summed(policy: Policy, stats: dict[str, float]) -> dict[str, float]:
-    """The gradient and what is logged, over all processes: the weights already hold the normaliser, so gradients are added, not averaged."""
-    everyone = ranks.gathered([(stats, [name for name, p in policy.trainable().items() if p.grad is not None])])
+def summed(policy: Policy, stats: Stats) -> Stats:
+    """The gradient and the metrics of all processes together.
+
+    The token weights already hold the normaliser, so gradients are added, not averaged.
+    """
+    moved_here = [name for name, p in policy.trainable().items() if p.grad is not None]
+    everyone = ranks.gathered([(stats, moved_here)])
     for name, p in policy.trainable().items():
         if any(name in moved for _, moved in everyone):                                       # not in the critic's warm-up, for one
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             ranks.add_up(p.grad)
-    merge = lambda name: (max if name.startswith("max_") else sum)(of_one[name] for of_one, _ in everyone if name in of_one)
-    return {name: merge(name) for name in dict.fromkeys(name for of_one, _ in everyone for name in of_one)}
+    merged = Stats()
+    for of_one, _ in everyone:
+        merged.merge(of_one)
+    return merged
 
 
 def gae_advantages(fixed: Fixed, batch: policies.Batch, rewards: list[float], config: Config) -> dict:
@@ -437,27 +453,34 @@ def gae_advantages(fixed: Fixed, batch: policies.Batch, rewards: list[float], co
             "value": float((values * mask).sum() / mask.sum())}
 
 
-def loss_of(policy: Policy, batch: policies.Batch, fixed: Fixed, weights: Tensor, config: Config, step: int) -> tuple[Tensor, dict]:
-    """The part of the loss that these rows contribute, and what to log of it: sums weighted like the loss, and maxima. weights [N]"""
+def loss_of(policy: Policy, batch: policies.Batch, fixed: Fixed, weights: Tensor, config: Config,
+            step: int) -> tuple[Tensor, Stats]:
+    """What these rows contribute to the loss and to its metrics. weights [N]
+
+    A metric of your own is one line here: `stats.mean("logp", logps, each)`.
+    """
     scores = policy.score(batch, config.temperature)
     logps, mask = scores.logps.flatten(0, 1), batch.mask.flatten(0, 1)                        # [N, T]
     each = weights[:, None] * mask                                                            # [N, T] the weight of each token
     if config.algo == "sft":
-        loss = -(each * logps).sum()
-        return loss, {"loss": loss.detach(), "entropy": (each * scores.entropy.flatten(0, 1)).sum(), "max_sampler_gap": 0.0}
-    old = logps.detach() if fixed.old is None else fixed.old
-    loss, stats = grpo.policy_loss(logps, old, fixed.advantages, mask, weights, clip_low=config.clip_low, clip_high=config.clip_high,
-                                   ratio=config.ratio, dual_clip=config.dual_clip or None)
+        loss, stats = -(each * logps).sum(), Stats()
+        stats.max("max_sampler_gap", 0.0)                                     # nobody sampled these
+    else:
+        old = logps.detach() if fixed.old is None else fixed.old
+        loss, stats = grpo.policy_loss(
+            logps, old, fixed.advantages, mask, weights, clip_low=config.clip_low,
+            clip_high=config.clip_high, ratio=config.ratio, dual_clip=config.dual_clip or None)
+        stats.max("max_sampler_gap", (logps - fixed.sampled).abs()[mask])
     if fixed.returns is not None:
         error = grpo.value_loss(scores.values.flatten(0, 1), fixed.values, fixed.returns, mask, weights, config.value_clip or None)
         loss = error + (loss if step >= config.critic_warmup else 0.0)
-        stats["value_loss"] = error.detach()
+        stats.mean("value_loss", error / each.sum(), each.sum())              # from a weighted sum
     elif fixed.ref is not None:
-        kl = each * grpo.kl_term(logps, fixed.ref, config.kl)
-        loss = loss + config.kl_coef * kl.sum()
-        stats["kl"] = kl.detach().sum()
-    stats |= {"loss": loss.detach(), "entropy": (each * scores.entropy.flatten(0, 1)).sum(),
-              "max_sampler_gap": ((logps.detach() - fixed.sampled).abs() * mask).max()}
+        kl = grpo.kl_term(logps, fixed.ref, config.kl)                        # [N, T]
+        loss = loss + config.kl_coef * (each * kl).sum()
+        stats.mean("kl", kl, each)
+    stats.sum("loss", loss)
+    stats.mean("entropy", scores.entropy.flatten(0, 1), each)
     return loss, stats
 
 

@@ -136,6 +136,51 @@ def test_micro_batches_and_order_cannot_change_the_gradient(algo, model_dir):
         assert values == pytest.approx(metrics[0], abs=1e-5)
 
 
+@pytest.mark.parametrize("weights", ["sequence", "token", "constant"])
+def test_a_metric_of_ones_own_is_the_same_for_every_micro_batch(weights, model_dir, monkeypatch):
+    """The mean and the largest token id of the completions, against the same by hand."""
+    config = replace(CONFIG, weights=weights)
+    policy = policies.Policy.load(model_dir, lora=0)
+    rollouts = rollouts_for(policy, config)
+    ids = [rollout.completion_ids for rollout in rollouts]
+    assert len({len(row) for row in ids}) > 1
+    if weights == "sequence":
+        expected = sum(sum(row) / len(row) for row in ids) / len(ids)
+    else:
+        expected = sum(map(sum, ids)) / sum(map(len, ids))
+    real = train.loss_of
+
+    def with_tokens(policy, batch, fixed, weights, config, step):
+        loss, stats = real(policy, batch, fixed, weights, config, step)
+        tokens, mask = batch.completion_ids.flatten(0, 1), batch.mask.flatten(0, 1)
+        stats.mean("mean_token", tokens, weights[:, None] * mask)
+        stats.max("token", tokens[mask])
+        return loss, stats
+
+    monkeypatch.setattr(train, "loss_of", with_tokens)
+    for micro_batch in (1, 2, 4):
+        some = replace(config, micro_batch=micro_batch)
+        metrics = train.update(policy, Recorder(policy), rollouts, some, 0)
+        assert metrics["mean_token"] == pytest.approx(expected, rel=1e-6)
+        assert metrics["token"] == max(map(max, ids))
+
+
+@pytest.mark.parametrize("value", [1.0, torch.tensor(1.0)])
+def test_a_metric_that_does_not_say_how_it_merges_is_refused(value, model_dir, monkeypatch):
+    policy = policies.Policy.load(model_dir, lora=0)
+    rollouts = rollouts_for(policy, CONFIG)
+    real = train.loss_of
+
+    def by_hand(*args):
+        loss, stats = real(*args)
+        stats["mean_logp"] = value
+        return loss, stats
+
+    monkeypatch.setattr(train, "loss_of", by_hand)
+    with pytest.raises(TypeError, match="stats.mean"):
+        train.update(policy, Recorder(policy), rollouts, CONFIG, 0)
+
+
 def test_kl_is_positive_away_from_the_reference_and_the_update_reduces_it(model_dir):
     policy = policies.Policy.load(model_dir, lora=0, keep_reference=True)
     with torch.no_grad():
@@ -421,8 +466,9 @@ def test_a_folder_that_vanishes_is_said(model_dir, tmp_path, monkeypatch):
 def test_steps_that_are_never_finite_end_the_run_with_a_checkpoint(model_dir, tmp_path, monkeypatch, capsys):
     real = train.loss_of
     def broken(*args):
-        loss, terms = real(*args)
-        return loss * float("nan"), terms | {"loss": float("nan")}
+        loss, stats = real(*args)
+        stats.sum("loss", float("nan"))
+        return loss * float("nan"), stats
     monkeypatch.setattr(train, "loss_of", broken)
     with pytest.raises(UsageError, match="5 steps in a row"):
         run(model_dir, tmp_path / "run", "--save-every", "0")

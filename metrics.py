@@ -1,0 +1,100 @@
+"""How logged numbers merge over micro-batches, processes and optimiser steps.
+
+The rows of an optimiser step are seen in parts: micro-batches, and the share of each process. A mean
+of one part says nothing about the mean of all, and means of parts cannot be added. Therefore a metric
+is kept as (weighted sum, weight) or as a maximum until every part is in, and whoever makes a number
+says which: then no micro-batch size and no number of processes can change what is logged.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+
+class Stats:
+    """The metrics of one optimiser step, or of a part of it.
+
+    >>> part, rest = Stats(), Stats()
+    >>> part.mean("entropy", torch.tensor([1., 2.]), torch.tensor([1., 1.]))
+    >>> rest.mean("entropy", torch.tensor([6., 9.]), torch.tensor([1., 0.]))  # weight 0: not counted
+    >>> part.merge(rest)
+    >>> part["entropy"]                                                       # (1 + 2 + 6) / 3
+    3.0
+    """
+
+    def __init__(self):
+        self.kept: dict[str, tuple[str, float, float]] = {}                   # name -> kind, value, weight
+
+    def mean(self, name: str, values: Tensor | float, weights: Tensor | float) -> None:
+        """A weighted mean, sum(values * weights) / sum(weights), over all parts together.
+
+        What stands beside the loss is logged with the loss's own token weights. The two shapes are
+        broadcast. What stands where the weight is 0 is not counted, not even a NaN.
+        """
+        values, weights = torch.broadcast_tensors(as_float64(values), as_float64(weights))
+        weighted = torch.where(weights != 0, values * weights, 0)
+        self._add(name, "mean", float(weighted.sum()), float(weights.sum()))
+
+    def sum(self, name: str, value: Tensor | float) -> None:
+        """A plain sum over the parts: the loss, whose normaliser is in its weights."""
+        self._add(name, "sum", float(as_float64(value)))
+
+    def max(self, name: str, values: Tensor | float) -> None:
+        """The largest of all values. Pass counted ones only, `x[mask]`: padding would take part."""
+        values = as_float64(values)
+        if values.numel():
+            self._add(name, "max", float(values.max()))
+
+    def merge(self, other: "Stats") -> None:
+        """Take in what another part of the same optimiser step has."""
+        if not isinstance(other, Stats):
+            raise TypeError(f"metrics come as Stats, not as {type(other).__name__}")
+        for name, kept in other.kept.items():
+            self._add(name, *kept)
+
+    def _add(self, name: str, kind: str, value: float, weight: float = 0.0) -> None:
+        if name in self.kept:
+            kind_before, value_before, weight_before = self.kept[name]
+            if kind_before != kind:
+                raise TypeError(f"the metric {name!r} is a {kind_before} here and a {kind} there")
+            value = larger(value_before, value) if kind == "max" else value_before + value
+            weight += weight_before
+        self.kept[name] = kind, value, weight
+
+    def figures(self) -> dict[str, float]:
+        """name -> the number to log. A mean over no weight is no number: it is left out."""
+        found = {}
+        for name, (kind, value, weight) in self.kept.items():
+            if kind != "mean":
+                found[name] = value
+            elif weight != 0:
+                found[name] = value / weight
+        return found
+
+    def __getitem__(self, name: str) -> float:
+        return self.figures()[name]
+
+    def __setitem__(self, name: str, value) -> None:
+        raise TypeError(f"how do parts of {name!r} merge? Say stats.mean({name!r}, values, weights), "
+                        f"stats.max({name!r}, values) or stats.sum({name!r}, value)")
+
+
+def over_steps(steps: list[Stats]) -> dict[str, float]:
+    """The figures of several optimiser steps as one: each step counts the same; maxima stay maxima."""
+    merged = Stats()
+    for stats in steps:
+        for name, figure in stats.figures().items():
+            if stats.kept[name][0] == "max":
+                merged.max(name, figure)
+            else:
+                merged.mean(name, figure, 1.0)
+    return merged.figures()
+
+
+def as_float64(x: Tensor | float) -> Tensor:
+    return torch.as_tensor(x).detach().double()
+
+
+def larger(a: float, b: float) -> float:
+    """The larger one, and NaN where either is: Python's max(0.0, nan) is 0.0."""
+    return a if math.isnan(a) or a > b else b
