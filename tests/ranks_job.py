@@ -1,6 +1,10 @@
 """One process of tests/test_ranks.py, which torchrun starts: python -m torch.distributed.run --nproc-per-node N tests/ranks_job.py FOLDER
 
-Three steps of every setting below, in float64 and with SGD, since AdamW's first steps turn a rounding error into a whole step. Rank 0 writes what came out.
+Three steps of every setting below (or of those named after FOLDER), in float64 and with SGD, since
+AdamW's first steps turn a rounding error into a whole step. Rank 0 writes what came out.
+The value head is fp32 as it is shipped. Its rounding depends on how rows are batched; an update
+carries that into the weights, and a later rollout may then sample another token. Therefore only the
+first rollout of "ppo-fp32" is compared; "ppo" has a head in float64, and all of it must agree.
 """
 import json
 import sys
@@ -24,6 +28,7 @@ SETTINGS = {
     "dapo": "--algo dapo --clip-low 0.1",
     "dr_grpo": "--algo dr_grpo --updates 2",
     "ppo": "--algo ppo --critic head --updates 2 --critic-warmup 1 --kl-coef 0.05",
+    "ppo-fp32": "--algo ppo --critic head --minibatches 1 --kl-coef 0.05 --steps 1",
     "sft": "--algo sft",
     "images": "--dataset demo-images --task classify --algo grpo --samples 2 --max-new 4",
 }
@@ -51,11 +56,29 @@ def wide(path: Path, config, items) -> Policy:
     return Policy.load(str(path), dtype=torch.float64, lora=0, template="plain", keep_reference=config.kl_coef > 0, critic=config.critic if config.advantage == "gae" else "")
 
 
+def compute_in_float64(head: torch.nn.Linear) -> None:
+    """The value head, between the fp32 states that it gets and the fp32 values that it returns."""
+    head.double()
+    head.register_forward_pre_hook(lambda module, inputs: inputs[0].double())
+    head.register_forward_hook(lambda module, inputs, values: values.float())
+
+
+def with_tokens(policy, batch, fixed, weights, config, step, loss_of=train.loss_of):
+    """A metric of one's own: the mean and the largest token id."""
+    loss, stats = loss_of(policy, batch, fixed, weights, config, step)
+    tokens, mask = batch.completion_ids.flatten(0, 1), batch.mask.flatten(0, 1)
+    stats.mean("mean_token", tokens, weights[:, None] * mask)
+    stats.max("token", tokens[mask])
+    return loss, stats
+
+
 def job(folder: Path, name: str, flags: str) -> None:
     given, _ = train.read_flags(flags.split())
     config = train.make_config({"full": True, "prompts": 5, "max_new": 6, "eval_every": 0, "eval_limit": 7, "steps": 3, "log_groups": 5} | ({} if name == "sft" else {"samples": 4}) | given)
     splits = train.load_splits(config)
     policy = wide(folder / f"{name}.model", config, splits["train"])
+    if name == "ppo":
+        compute_in_float64(policy.value_head)
     kept, gradients = [], {}
     collect, demonstrations, summed = train.collect, train.demonstrations, train.summed
 
@@ -87,6 +110,6 @@ def job(folder: Path, name: str, flags: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     ranks.start()
-    train.make_optimizer, evaluation.graded = sgd, graded
-    for name, flags in SETTINGS.items():
-        job(Path(sys.argv[1]), name, flags)
+    train.make_optimizer, evaluation.graded, train.loss_of = sgd, graded, with_tokens
+    for name in sys.argv[2:] or SETTINGS:
+        job(Path(sys.argv[1]), name, SETTINGS[name])
