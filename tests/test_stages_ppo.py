@@ -120,6 +120,61 @@ def test_value_head_reads_the_policy_and_never_moves_it(items):
     assert changed[0, 0].tolist() == [False, False, False, True, False] and not changed[1].any()
 
 
+class SeenGradients(torch.optim.SGD):
+    """SGD that keeps the norm of each group's gradient as it is shown to it."""
+
+    def step(self):
+        for group in self.param_groups:
+            gradients = [p.grad.flatten() for p in group["params"] if p.grad is not None]
+            group["norm"] = float(torch.cat(gradients).norm()) if gradients else 0.0
+        super().step()
+
+
+def ppo_case(critic: str, **settings):
+    """A small policy with a critic whose values are not all 0, two rollouts of it, the config."""
+    policy = family("llama", lora=4, critic=critic)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in policy.trainable().values():
+            p.add_(torch.randn(p.shape, generator=generator) * .1)
+    settings = dict(algo="ppo", critic=critic, kl_coef=0.0, minibatches=1) | settings
+    config = replace(train.Config(), **train.ALGOS["ppo"] | settings)
+    items = data.load("demo", "train")[:2]
+    rollouts = made_up(policy, items, [[4, 2], [3, 5]])
+    for i, rollout in enumerate(rollouts):
+        rollout.reward = float(i % 3) - 1
+    return policy, rollouts, config
+
+
+@pytest.mark.parametrize("critic", ["head", "lora"])
+def test_policy_and_critic_are_clipped_each_by_itself(critic):
+    """A critic with a large error takes nothing of the policy's step, nor the other way round."""
+    policy, rollouts, config = ppo_case(critic, max_grad_norm=1e-3)
+    parts = [list(policy.trainable(part).values()) for part in ("policy", "critic")]
+    optimizer = SeenGradients([{"params": params} for params in parts], lr=0.0)
+    metrics = train.update(policy, optimizer, rollouts, config, 0)
+    assert metrics["policy_grad_norm"] > .01 and metrics["critic_grad_norm"] > .01
+    norms = [group["norm"] for group in optimizer.param_groups]
+    assert norms == pytest.approx([1e-3, 1e-3], rel=1e-3)
+
+
+@pytest.mark.parametrize("critic", ["head", "lora"])
+def test_only_the_critic_moves_in_its_warm_up(critic):
+    """Bit for bit, even with a weight decay, which moves what has a gradient of 0. Then both do."""
+    settings = dict(critic_warmup=2, weight_decay=.1, lr=.1, value_lr=.1)
+    policy, rollouts, config = ppo_case(critic, **settings)
+    optimizer = train.make_optimizer(policy, config)
+    moved = []
+    for step in range(3):
+        before = {name: p.detach().clone() for name, p in policy.trainable().items()}
+        train.update(policy, optimizer, rollouts, config, step)
+        after = policy.trainable()
+        moved.append({name: not torch.equal(before[name], p) for name, p in after.items()})
+    of_policy, of_critic = policy.trainable("policy"), policy.trainable("critic")
+    assert [any(of_step[name] for name in of_policy) for of_step in moved] == [False, False, True]
+    assert all(moved[2].values()) and all(of_step[name] for of_step in moved for name in of_critic)
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A random model folder and a supervised run from it."""

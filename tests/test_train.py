@@ -181,6 +181,26 @@ def test_a_metric_that_does_not_say_how_it_merges_is_refused(value, model_dir, m
         train.update(policy, Recorder(policy), rollouts, CONFIG, 0)
 
 
+def test_temperature_holds_for_sampler_scorer_and_reference(model_dir):
+    """At 0.5 as at 1, log-probs of sampling are those of every later pass over the same weights."""
+    config = replace(CONFIG, temperature=.5, kl_coef=.1, minibatches=2)
+    policy = policies.Policy.load(model_dir, lora=0, keep_reference=True)
+    rollouts = rollouts_for(policy, config)
+    batch = policies.collate(rollouts)
+    sampled = torch.tensor([x for r in rollouts for x in r.sample_logps])
+    logps, _ = train.scored(policy, batch, config)
+    torch.testing.assert_close(logps[batch.mask], sampled, rtol=0, atol=1e-4)
+    at_one = policy.score(batch).logps[batch.mask]
+    assert (at_one - sampled).abs().max() > .1                               # or nothing would show
+    optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
+    metrics = train.update(policy, optimizer, rollouts, config, 0)
+    assert metrics["max_sampler_gap"] < 1e-4
+    assert metrics["max_ratio"] == pytest.approx(1, abs=1e-4)
+    assert abs(metrics["kl"]) < 1e-6
+    train.look_closer(policy, rollouts, config)
+    assert {ratio for r in rollouts for ratio in r.closer["ratio"]} == {1.0}
+
+
 def test_kl_is_positive_away_from_the_reference_and_the_update_reduces_it(model_dir):
     policy = policies.Policy.load(model_dir, lora=0, keep_reference=True)
     with torch.no_grad():
