@@ -1,9 +1,9 @@
 """How logged numbers merge over micro-batches, processes and optimiser steps.
 
-The rows of an optimiser step are seen in parts: micro-batches, and the share of each process. A mean
-of one part says nothing about the mean of all, and means of parts cannot be added. Therefore a metric
-is kept as (weighted sum, weight) or as a maximum until every part is in, and whoever makes a number
-says which: then no micro-batch size and no number of processes can change what is logged.
+The rows of an optimiser step are seen in parts: micro-batches, and the share of each process. Means
+of parts cannot be added. Therefore a metric is kept as (weighted sum, weight), as a plain sum or as
+a maximum until every part is in, and whoever makes a number says which. Then no micro-batch size
+and no number of processes can change what is logged.
 """
 import math
 
@@ -16,14 +16,14 @@ class Stats:
 
     >>> part, rest = Stats(), Stats()
     >>> part.mean("entropy", torch.tensor([1., 2.]), torch.tensor([1., 1.]))
-    >>> rest.mean("entropy", torch.tensor([6., 9.]), torch.tensor([1., 0.]))  # weight 0: not counted
+    >>> rest.mean("entropy", torch.tensor([6., 9.]), torch.tensor([1., 0.]))
     >>> part.merge(rest)
-    >>> part["entropy"]                                                       # (1 + 2 + 6) / 3
+    >>> part["entropy"]                                                  # (1 + 2 + 6) / (1 + 1 + 1)
     3.0
     """
 
     def __init__(self):
-        self.kept: dict[str, tuple[str, float, float]] = {}                   # name -> kind, value, weight
+        self.kept: dict[str, tuple[str, float, float]] = {}        # name -> kind, value, weight
 
     def mean(self, name: str, values: Tensor | float, weights: Tensor | float) -> None:
         """A weighted mean, sum(values * weights) / sum(weights), over all parts together.
@@ -75,12 +75,12 @@ class Stats:
         return self.figures()[name]
 
     def __setitem__(self, name: str, value) -> None:
-        raise TypeError(f"how do parts of {name!r} merge? Say stats.mean({name!r}, values, weights), "
-                        f"stats.max({name!r}, values) or stats.sum({name!r}, value)")
+        raise TypeError(f"how do parts of {name!r} merge? Say stats.mean({name!r}, values, weights)"
+                        f", stats.max({name!r}, values) or stats.sum({name!r}, value)")
 
 
 def over_steps(steps: list[Stats]) -> dict[str, float]:
-    """The figures of several optimiser steps as one: each step counts the same; maxima stay maxima."""
+    """The figures of several optimiser steps: their means, each step the same, and their maxima."""
     merged = Stats()
     for stats in steps:
         for name, figure in stats.figures().items():

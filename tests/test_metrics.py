@@ -28,7 +28,8 @@ def part(values, weights) -> Stats:
 def test_parts_merge_into_what_all_rows_would_have_given():
     merged = Stats()
     for values, weights in (([1.0, 2.0], [0.5, 0.25]), ([-6.0], [0.125])):
-        merged.merge(pickle.loads(pickle.dumps(part(values, weights))))       # as another process sends it
+        sent = pickle.dumps(part(values, weights))                       # as by another process
+        merged.merge(pickle.loads(sent))
     # (1/2 + 2/4 - 6/8) / (1/2 + 1/4 + 1/8) = .25 / .875
     assert merged.figures() == {"mean": pytest.approx(2 / 7), "max": 2.0, "sum": -3.0}
 
@@ -57,7 +58,7 @@ def test_what_has_no_weight_does_not_count_and_a_mean_of_nothing_is_left_out():
 def test_weights_of_rows_spread_over_tokens_and_no_gradient_is_kept():
     stats, values = Stats(), torch.tensor([[1.0, 2.0], [3.0, 9.0]], requires_grad=True)
     stats.mean("token", values, torch.tensor([[0.5, 0.5], [0.25, 0.0]]))
-    stats.mean("row", values[:, :1], torch.tensor([[0.5, 0.5], [0.25, 0.0]]))      # [N, 1], as GSPO's
+    stats.mean("row", values[:, :1], torch.tensor([[0.5, 0.5], [0.25, 0.0]]))   # [N, 1]: GSPO
     assert stats["token"] == (0.5 + 1 + 0.75) / 1.25
     assert stats["row"] == (1 * 1.0 + 3 * 0.25) / 1.25
 
@@ -68,7 +69,8 @@ def test_optimiser_steps_count_the_same_whatever_their_weights():
 
 
 def test_a_number_that_does_not_say_how_it_merges_is_refused():
-    _, stats = grpo.policy_loss(*torch.zeros(2, 1, 1), torch.ones(1), torch.ones(1, 1).bool(), torch.ones(1))
+    zero, one = torch.zeros(1, 1), torch.ones(1)
+    _, stats = grpo.policy_loss(zero, zero, one, torch.ones(1, 1).bool(), one)
     for value in (torch.tensor(1.0), 1.0):
         with pytest.raises(TypeError, match="stats.mean.'mean_logp', values, weights"):
             stats["mean_logp"] = value
@@ -91,7 +93,7 @@ def test_the_largest_ratio_is_one_of_a_counted_token():
 
 
 def test_shares_of_clipped_tokens_whatever_the_weights_add_up_to():
-    """By hand: ratio 2 and A > 0 is stopped above, ratio 1/2 and A < 0 below; three of four count."""
+    """Ratio 2 and A > 0 is stopped above, ratio 1/2 and A < 0 below; three of four tokens count."""
     logps = torch.log(torch.tensor([[2.0, 1.0], [0.5, 0.5]]))
     mask = torch.tensor([[True, True], [True, False]])
     weights = grpo.token_weights(mask.sum(1), "constant", max_new=10)
