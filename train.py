@@ -35,13 +35,13 @@ import images
 import policy as policies
 import preflight
 import ranks
-import report
 import rewards
 import runs
 from data import UsageError
 from metrics import Stats, over_steps
 from policy import Policy, Rollout, collate
 from ranks import say
+from support import report
 
 
 def setting(default, help: str, choices=None):

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 import data
-import report
 import rewards
 from data import UsageError
+from support import report
 
 CONFIG = dict(dataset="demo", data_dir="", task="", target="", knowledge="none", knowledge_file="", style="think", model="", init="", algo="grpo", full=True, lora=16, prompts=4, samples=4, steps=9, lr=1e-3,
               seed=0, reward="med-rlvr", w_format=.5, w_leak=0.0, w_before=0.0, w_short=0.0, w_overlong=0.0, recite=0.0)
