@@ -35,7 +35,8 @@ class Item:
     image: object = None                # None, or one source or a tuple of them: a path, uint8 array [H, W] or [H, W, 3], PIL image, or images.Crop
     frame: tuple[int, int, int, int] | None = None     # boxes in prompt and completion refer to a width x height (the first two) that stands for the original one (the last two)
     patient: str = ""                   # where known: no patient stands in two splits
-    knowledge: str = ""                 # text about the classes, for the prompt (VRFT-Aug)
+    # For the prompt (VRFT-Aug): a text about the task, then one about each class.
+    knowledge: tuple[str, ...] = ()
     rationale: str = ""                 # why the answer is right, for supervised fine-tuning
 
 
@@ -372,7 +373,7 @@ def with_knowledge(items: list[Item], dataset: str, level: str, file: str = "") 
         if unknown := sorted(set(sections) - names - {"task"}):
             raise UsageError(f"{path}: the section '## {unknown[0]}' names no class of {dataset}; there are {', '.join(sorted(names))}")
     told = [sections["task"], *(f"{name}: {text}" for name, text in sections.items() if level == "class" and name != "task")]
-    return [replace(item, knowledge="\n".join(told)) for item in items]
+    return [replace(item, knowledge=tuple(told)) for item in items]
 
 
 def read_knowledge(path: Path) -> dict[str, str]:
@@ -416,7 +417,7 @@ def messages(item: Item, style: str = "think") -> list[dict[str, str]]:
     if item.task == "localize" and item.frame:
         wanted += " in pixels of a {} x {} image".format(*item.frame)
     listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, item.options)] if item.task == "choice" else [f"- {text}" for text in item.options]
-    lines = [*filter(None, [item.knowledge]), item.question, *listed]
+    lines = [*item.knowledge, item.question, *listed]
     return [{"role": "system", "content": INSTRUCTIONS[style].format(wanted)}, {"role": "user", "content": "\n".join(lines)}]
 
 

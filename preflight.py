@@ -95,7 +95,10 @@ def fit(config, shape, total: int, trained: int, prompt: int, on_cpu: bool, free
 
 def longest(policy: Policy, items: list, config, n: int) -> list:
     """About the n longest prompts, the longest first: measured among those with the longest texts and those with the largest images, since measuring all takes minutes."""
-    texts = sorted(items, key=lambda item: -len(item.question) - sum(map(len, item.options)) - len(item.knowledge))[:4 * n]
+    def letters(item) -> int:
+        return sum(map(len, (item.question, *item.options, *item.knowledge)))
+
+    texts = sorted(items, key=letters, reverse=True)[:4 * n]
     area = lambda item: sum(w * h for w, h in map(images.size_of, images.sources(item)))
     shown = [item for item in items if item.image is not None]
     some = {id(item): item for item in [*texts, *sorted(shown, key=area, reverse=True)[:n]]}

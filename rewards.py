@@ -9,6 +9,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -297,25 +298,50 @@ _WORD = re.compile(r"[^\W_]+")
 MAX_WORDS = 4_000           # of a hypothesis: the rest is not read
 
 
-def bleu(hypothesis: str, reference: str, n: int = 4) -> float:
-    """BLEU = min(1, e^(1 - r/c)) (p_1 ... p_K)^(1/K): c words in the hypothesis, r in the reference, p_k the share of its k-grams that the reference has.
+def bleu(hypothesis: str, references: Sequence[str], n: int = 4) -> float:
+    """BLEU = min(1, e^(1 - r/c)) (p_1 ... p_K)^(1/K), the likeness of a text to any of several.
 
-    K = min(n, c). The p_k without a hit count as 1/2, 1/4, ... of one hit ("exp" smoothing); with no word in common BLEU is 0. So it is sacrebleu's
-    sentence_bleu, effective order on, of lower-case words. Of VRFT-Aug no more than "BLEU" is public: order, smoothing and words are our choice.
+    c: words in the hypothesis. r: words in the reference whose length is closest to c, the shorter
+    of two as close. p_k: the share of the hypothesis' k-grams found in the references, each counted
+    at most as often as in the one that has it most. K = min(n, c).
 
-    >>> bleu("The lens is RED.", "the lens is red"), round(bleu("a b", "a b c d"), 4), bleu("x", "y")      # all; e^(1 - 4/2); none
-    (1.0, 0.3679, 0.0)
+    The p_k without a hit count as 1/2, 1/4, ... of one hit ("exp" smoothing); with no word in
+    common, or no reference, BLEU is 0. So it is sacrebleu's sentence_bleu(hypothesis, references),
+    effective order on, of lower-case words. Of VRFT-Aug no more than "BLEU" is public: order,
+    smoothing, words and what is a reference are our choice.
+
+    >>> bleu("The lens is RED.", ["x", "the lens is red"]), bleu("x", ["y"])  # all; none
+    (1.0, 0.0)
+    >>> round(bleu("a b", ["a b c d"]), 4)  # e^(1 - 4/2)
+    0.3679
     """
-    words, target = ([found[0] for found in islice(_WORD.finditer(text.lower()), limit)] for text, limit in ((hypothesis, MAX_WORDS), (reference, None)))
-    logs, halved = [], 1.0
+    words = words_of(hypothesis, MAX_WORDS)
+    targets = [words_of(reference) for reference in references]
+    if not words or not targets:
+        return 0.0
+    log_precisions, halved = [], 1.0
     for k in range(1, min(n, len(words)) + 1):
-        grams, known = (Counter(zip(*(sequence[i:] for i in range(k)))) for sequence in (words, target))
-        hits, total = (grams & known).total(), len(words) - k + 1
-        halved *= 1 if hits else 2
-        logs.append(math.log((hits or 1 / halved) / total))
+        known: Counter = Counter()
+        for target in targets:
+            known |= ngrams(target, k)  # the maximum of the counts
+        hits = (ngrams(words, k) & known).total()
         if k == 1 and not hits:
             return 0.0
-    return min(1.0, math.exp(1 - len(target) / len(words))) * math.exp(sum(logs) / len(logs)) if logs else 0.0
+        if not hits:
+            halved /= 2
+        log_precisions.append(math.log((hits or halved) / (len(words) - k + 1)))
+    lengths = [len(target) for target in targets]
+    closest = min(lengths, key=lambda length: (abs(length - len(words)), length))
+    brevity = min(1.0, math.exp(1 - closest / len(words)))
+    return brevity * math.exp(sum(log_precisions) / len(log_precisions))
+
+
+def words_of(text: str, limit: int | None = None) -> list[str]:
+    return [found[0] for found in islice(_WORD.finditer(text.lower()), limit)]
+
+
+def ngrams(words: list[str], k: int) -> Counter:
+    return Counter(zip(*(words[i:] for i in range(k))))
 
 
 # ----------------------------------------------------------------------------------------------------- stages
@@ -414,7 +440,9 @@ def grade(item, text: str, config, finished: bool = True, n_tokens: int | None =
                             fuzzy      "grade": credit by distance from the gold grade; it replaces accuracy in the reward "fuzzy"
                             box        "localize": what the boxes are paid; it replaces accuracy in the reward.  iou: their mean IoU, for the log
                             (accuracy, fuzzy, box and recite count under med-rlvr in a well-formed completion only)
-                            recite     BLEU of the think block against the knowledge in the prompt; its weight may be negative (VRFT-Aug's delta)
+                            recite     BLEU of the think block against the knowledge in the prompt,
+                                       each class's text a reference; its weight may be negative
+                                       (VRFT-Aug's delta)
                             format     well formed (strict=True: and nothing outside the two blocks);  malformed = 1 - format
                             leak       the think block is very short and gives the answer away (stage 4; cf. arXiv 2509.15557's penalty on answer phrases)
                             before     more than 15 words stand in front of <think> (stage 5; the structural penalty of arXiv 2509.15557)
@@ -446,7 +474,7 @@ def grade(item, text: str, config, finished: bool = True, n_tokens: int | None =
 def example() -> str:
     """One question and four completions, from text to parts, reward and stage, as a table."""
     from types import SimpleNamespace as Plain
-    item = Plain(task="choice", options=("asthma", "gout"), answer="B", knowledge="", frame=())
+    item = Plain(task="choice", options=("asthma", "gout"), answer="B", knowledge=(), frame=())
     config = Plain(reward="med-rlvr", strict=False, style="think", w_format=1, w_leak=.5, w_before=0, w_short=0, w_overlong=0, recite=0, min_think=30, overlong_share=.2, max_new=64)
     rows = [f"{'reward':>6}  {'parts that are not 0':<36} {'stage':<21} completion"]
     for text in ("<think> a swollen red toe, high urate </think> <answer> B </answer>", "<think> gout </think> <answer> B </answer>", "<think> a wheeze </think> <answer> A </answer>", "It is B."):

@@ -393,7 +393,7 @@ def test_nothing_is_downloaded(read, monkeypatch, tmp_path, dataset):
 
 def test_knowledge_stands_in_the_prompt_where_it_is_known(tmp_path):
     run = make_run(tmp_path / "run", [rollout(1)], [metric(1)], knowledge="task")
-    item = data.Item("q1", "choice", "?", (), "A", knowledge="What everybody knows.")
+    item = data.Item("q1", "choice", "?", (), "A", knowledge=("What everybody knows.",))
     known = Page(report.write(run, items=[item])).groups[0]["prompt"]
     assert "What everybody knows." in known[1][1]
     unknown = Page(report.write(run)).groups[0]["prompt"]

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import data
 import eval as evaluation
 import rewards
 import train
@@ -227,28 +228,55 @@ def test_frame_and_back_is_off_by_half_a_frame_pixel(box, frame):
 words = st.lists(st.sampled_from("the lens is red a swollen".split()), max_size=12).map(" ".join)
 
 
-@settings(max_examples=1500, deadline=None)
-@given(words | st.text(max_size=30), words | st.text(max_size=30))
-@example("", "the lens")
-@example("the lens", "")
-@example("a b c d e", "a x c d e")
-@example("A_b-c", "a B c")
-def test_bleu_is_sacrebleus(hypothesis, reference):
+@settings(max_examples=500, deadline=None)
+@given(words | st.text(max_size=30), st.lists(words | st.text(max_size=30), min_size=1, max_size=4))
+@example("", ["the lens"])
+@example("the lens", [""])
+@example("a b c d e", ["a x c d e"])
+@example("A_b-c", ["a B c"])
+@example("a a b", ["a b", "a a x x"])  # clipped at the most of one reference; 2 and 4 are as near
+@example("the lens is red", ["a swollen", "the lens is", "lens is red a a a"])
+def test_bleu_is_sacrebleus(hypothesis, references):
     sacrebleu = pytest.importorskip("sacrebleu")
-    ours, theirs = (" ".join(re.findall(r"[^\W_]+", text.lower())) for text in (hypothesis, reference))
+
+    def as_words(text):
+        return " ".join(re.findall(r"[^\W_]+", text.lower()))
+
+    ours, theirs = as_words(hypothesis), [as_words(text) for text in references]
     for n in (4, 2):
-        expected = sacrebleu.BLEU(smooth_method="exp", tokenize="none", effective_order=True, max_ngram_order=n).sentence_score(ours, [theirs]).score / 100
-        assert bleu(hypothesis, reference, n) == pytest.approx(expected, abs=1e-9)
-        assert 0 <= bleu(hypothesis, reference, n) <= 1 + 1e-12
-    assert bleu(ours, theirs) == pytest.approx(sacrebleu.sentence_bleu(ours, [theirs], tokenize="none").score / 100, abs=1e-9)     # its defaults
+        metric = sacrebleu.BLEU(smooth_method="exp", tokenize="none", effective_order=True,
+                                max_ngram_order=n)
+        expected = metric.sentence_score(ours, theirs).score / 100
+        assert bleu(hypothesis, references, n) == pytest.approx(expected, abs=1e-9)
+        assert 0 <= bleu(hypothesis, references, n) <= 1 + 1e-12
+    defaults = sacrebleu.sentence_bleu(ours, theirs, tokenize="none").score / 100
+    assert bleu(ours, theirs) == pytest.approx(defaults, abs=1e-9)
+
+
+def test_bleu_without_references_is_zero():
+    assert bleu("the lens", []) == bleu("the lens", ()) == 0
+
+
+def test_a_verbatim_copy_of_one_class_is_recited(tmp_path):
+    """60 words of one class out of 300 words of knowledge: e^(1 - 61/60), since its name stands
+    before them, and not the e^(1 - 300/60) = 0.02 of all knowledge as one reference."""
+    texts = {k: " ".join(f"w{k}x{i}" for i in range(60)) for k in range(5)}
+    sections = "".join(f"## {k}\n{text}\n" for k, text in texts.items())
+    (tmp_path / "k.md").write_text(f"# task\nA grade.\n{sections}")
+    (item,) = data.with_knowledge([GRADES], "mine.jsonl", "class", str(tmp_path / "k.md"))
+    recited = grade(item, think("3", texts[3]), replace(CONFIG, recite=1.0)).parts["recite"]
+    assert recited == pytest.approx(math.exp(1 - 61 / 60)) and recited > .98
+    whole = sum((text.split() for text in texts.values()), [])
+    assert len(whole) == 300 and bleu(texts[3], [" ".join(whole)]) == pytest.approx(math.exp(-4))
 
 
 def test_bleu_reads_a_bounded_number_of_words():
-    assert bleu("a " * rewards.MAX_WORDS + "b " * 999, "a b") == bleu("a " * rewards.MAX_WORDS, "a b") < bleu("a " * 99, "a b")
+    most = "a " * rewards.MAX_WORDS
+    assert bleu(most + "b " * 999, ["a b"]) == bleu(most, ["a b"]) < bleu("a " * 99, ["a b"])
 
 
 def test_recitation_in_the_reward():
-    knows = replace(CLASSES, knowledge="Basal cell carcinoma shows pearly borders and vessels")
+    knows = replace(CLASSES, knowledge=("Basal cell carcinoma shows pearly borders and vessels",))
     copied, own = think("nevus", "basal cell carcinoma shows pearly borders and vessels"), think("nevus", "round and brown")
     for delta in (.5, -.5):
         config = replace(CONFIG, recite=delta)
@@ -315,7 +343,8 @@ def test_a_megabyte_takes_less_than_a_second(text):
         assert grade(one, think(text), CONFIG).total < .01 and grade(one, text, CONFIG).total == -1
         assert time.process_time() - start < 2                                                     # two gradings
     start = time.process_time()
-    assert grade(replace(CLASSES, knowledge="pearly border " * 200), think("x", text), replace(CONFIG, recite=1.0)).total <= 1
+    told = replace(CLASSES, knowledge=("pearly border " * 200,))
+    assert grade(told, think("x", text), replace(CONFIG, recite=1.0)).total <= 1
     assert time.process_time() - start < 1
 
 
