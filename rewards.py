@@ -94,7 +94,8 @@ def hopeless(answer: str | None, options: tuple[str, ...]) -> bool:
 def match_option(answer: str | None, options: tuple[str, ...]) -> str:
     """The letters that an answer names: one, more where options are alike (either is right then), "" where it names none.
 
-    In this order: the exact text of an option; a lone letter; a letter, a separator and exactly that option's text.
+    In this order: a lone letter that is an option's, since the prompt asks for one; the exact text
+    of an option; a letter, a separator and exactly that option's text.
 
     >>> options = ("Pneumonia", "D cells", "Small region")
     >>> [match_option(a, options) for a in ("d cells", "(C)", "B.", "A: pneumonia", r"\\boxed{B}")]
@@ -105,15 +106,13 @@ def match_option(answer: str | None, options: tuple[str, ...]) -> str:
     if hopeless(answer, options):
         return ""
     answer, texts = normal(answer), [normal(option) for option in options]
-    for fold in (str, str.casefold):                            # "AA" and "Aa" are two genotypes: exact case first
-        alike = [letter for letter, text in zip(LETTERS, texts) if fold(text) == fold(answer)]
-        if alike:                                               # several only where they read the same: "aa" is neither "AA" nor "Aa"
-            return "".join(alike) if len({texts[LETTERS.index(letter)] for letter in alike}) == 1 else ""
     letters = LETTERS[:len(options)]
     lone = _LETTER.fullmatch(answer)
     if lone and lone[1].upper() in letters:
         return lone[1].upper()
     both = _LETTER_AND_TEXT.fullmatch(answer)
+    >>> [match_option(a, ("O", "A", "B", "AB")) for a in ("A", "B", "O")]
+    ['A', 'B', 'A']
     if both and both[1].upper() in letters:
         named = texts[letters.index(both[1].upper())]
         if normal(both[2]).casefold() == named.casefold():
@@ -126,6 +125,10 @@ _JOINER = re.compile(r"(?<=[^\W_])[-_\u2010\u2011]+(?=[^\W_])")   # inside a wor
 
 def folded(text: str) -> str:
     """`normal`, case folded, hyphens and underscores inside words as spaces: labels come as "basal-cell_carcinoma" too.
+    for fold in (str, str.casefold):                            # "AA" and "Aa" are two genotypes: exact case first
+        alike = [letter for letter, text in zip(LETTERS, texts) if fold(text) == fold(answer)]
+        if alike:                                               # several only where they read the same: "aa" is neither "AA" nor "Aa"
+            return "".join(alike) if len({texts[LETTERS.index(letter)] for letter in alike}) == 1 else ""
 
     >>> folded("**Basal-cell_carcinoma.**"), folded("-1")
     ('basal cell carcinoma', '-1')

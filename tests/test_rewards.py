@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import data
 import rewards
 import train
 from data import Item
@@ -42,10 +43,22 @@ def test_hacks_score_nothing(answer):
 def test_options_that_look_like_letters():
     assert match_option("D cells", ITEM.options) == "C" and match_option("D", ITEM.options) == "D"
     assert match_option("a small region", ITEM.options) == "E" and match_option("A", ITEM.options) == "A"
-    lettered = ("C", "A", "B")                                                # an option's exact text goes before its letter
-    assert match_option("A", lettered) == "B"
     assert match_option("a fracture", ("fracture", "sprain")) == "" and match_option("A: fracture", ("fracture", "sprain")) == "A"
     assert match_option("Aa", ("AA", "Aa", "aa")) == "B" and match_option("I", ITEM.options) == ""
+
+
+def test_a_lone_option_letter_goes_before_option_text():
+    """The prompt asks for a letter: of blood groups, `B` is the third option's text and the second
+    option's letter, and means the letter."""
+    groups = ("O", "A", "B", "AB")
+    for written in ("B", "b", "(B)", "B.", "**B**"):
+        assert match_option(written, groups) == "B"
+    assert match_option("A", groups) == "A" and match_option("C", groups) == "C"
+    assert match_option("O", groups) == "A" and match_option("AB", groups) == "D"  # no option letters
+    assert match_option("B: A", groups) == "B" and match_option("B: B", groups) == ""
+    item = replace(ITEM, options=groups, answer="B")
+    assert grade(item, think("B"), CONFIG).total == 1 and grade(item, think("A"), CONFIG).total == 0
+    assert grade(item, data.completion(item), CONFIG).total == 1
 
 
 @pytest.mark.parametrize("one, other", [("5", "-5"), ("<5", ">5"), ("5%", "5"), ("10", "10²"), ("+1", "1"), ("1.5", "15"), ("<5% of cells", "5% of cells")])
