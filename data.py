@@ -261,7 +261,8 @@ def read_item(line: str, where: str, default_id: str, published: bool, folder: P
     if duplicates and not published:
         raise UsageError(f"{where}: two options have the same text")
     return Item(str(row.get("id", default_id)), "choice", question.strip(), tuple(o.strip() for o in options), answer,
-                image=image or None, patient=images.own_text(row, "patient", where), rationale=images.own_text(row, "rationale", where)), duplicates
+                image=image or None, patient=images.own_text(row, "patient", where),
+                rationale=images.own_rationale(row, where)), duplicates
 
 
 # --------------------------------------------------------------------------------- splits, order, batches
@@ -428,7 +429,31 @@ def plain_text(chat: list[dict[str, str]]) -> str:
 
 
 def completion(item: Item, style: str = "think") -> str:
-    """What supervised fine-tuning teaches to write: the rationale, where the item has one, and the letter, name, grade or boxes."""
-    gold = [list(to_frame(box, item.frame)) for box in item.answer] if item.task == "localize" else item.answer
+# The think block of an item without a rationale. Our choice, since no paper has one: it is true of
+# every item and names no answer, and with it the completion has the form that the reward asks for.
+NO_RATIONALE = "The answer follows from what is given."
+
+
+def says_something(text: str) -> bool:
+    """Whether a text holds a letter or a digit of any script.
+
+    >>> says_something("."), says_something("\\u200b"), says_something("-1")
+    (False, False, True)
+    """
+    return any(map(str.isalnum, text))
+
+
+    """What supervised fine-tuning teaches to write; `rewards.grade` gives it the full reward.
+
+    The answer is the letter, name, grade or boxes, the latter rounded to the item's frame. In the
+    style "think" the rationale, or where the item has none `NO_RATIONALE`, stands before it: an
+    answer without a think block is malformed.
+    """
+    gold = item.answer
+    if item.task == "localize":
+        gold = [list(to_frame(box, item.frame)) for box in item.answer]
     answer = f"<answer> {gold} </answer>"
-    return f"<think> {item.rationale} </think> {answer}" if style == "think" and item.rationale else answer
+    if style != "think":
+        return answer
+    reasoning = item.rationale if says_something(item.rationale) else NO_RATIONALE
+    return f"<think> {reasoning} </think> {answer}"

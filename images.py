@@ -405,7 +405,8 @@ def own_image_item(row: dict, where: str, default_id: str, folder: Path, task: s
         options, answer = own_name(row, where, keys[kind])
         question = f"What {show} show?" if kind == "classify" else f"Which grade {show} show, from {options[0]} (lowest) to {options[-1]} (highest)?"
     return Item(own_text(row, "id", where) or default_id, kind, own_text(row, "question", where) or question, options, answer,
-                image=image if len(image) > 1 else image[0], patient=own_text(row, "patient", where), rationale=own_text(row, "rationale", where))
+                image=image if len(image) > 1 else image[0],
+                patient=own_text(row, "patient", where), rationale=own_rationale(row, where))
 
 
 def own_text(row: dict, key: str, where: str) -> str:
@@ -414,6 +415,15 @@ def own_text(row: dict, key: str, where: str) -> str:
     if value is not None and (not isinstance(value, (str, int)) or isinstance(value, bool)):
         raise UsageError(f"{where}: {key!r} must be a text, not {str(value)[:40]!r}")
     return "" if value is None else str(value).strip()
+
+
+def own_rationale(row: dict, where: str) -> str:
+    """The text under "rationale", without tags: supervised fine-tuning puts it between its own."""
+    rationale = own_text(row, "rationale", where)
+    if any(tag in rationale for tag in TAGS):
+        raise UsageError(f"{where}: 'rationale' holds a tag such as {TAGS[0]}: give only the text "
+                         "inside <think> and </think>")
+    return rationale
 
 
 def own_images(row: dict, where: str, folder: Path) -> tuple[str, ...]:

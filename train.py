@@ -225,7 +225,9 @@ def train(config: Config, run: Path, policy: Policy, splits: dict, stopping: lis
         history.append(metrics)
         if found := alarms(history):
             metrics["alarms"] = found
-        for message in (*troubles(history), *(f"ALARM: {text}" for text in found)):
+        # Demonstrations are all right: equal rewards are no trouble there.
+        trouble = [] if config.algo == "sft" else troubles(history)
+        for message in (*trouble, *(f"ALARM: {text}" for text in found)):
             say(f"step {step + 1}: {message}")
         shown = rollouts[:config.log_groups * config.samples]
         look_closer(policy, shown, config)
@@ -553,7 +555,9 @@ def troubles(history: list[dict], window: int = 5) -> list[str]:
     found, words = [], f"in the last {window} steps"
     if all(m["groups_equal"] == 1 for m in last):
         always = f", always {last[0]['reward']:.2f}" if len({m["reward"] for m in last}) == 1 else ""
-        found.append(f"every group {words} had equal rewards{always}: nothing is learned from them. Look at rollouts.jsonl; --algo sft first and --init, other items, or a higher --temperature would help")
+        found.append(f"every group {words} had equal rewards{always}: nothing is learned from "
+                     "them. Look at rollouts.jsonl; --algo sft first, which teaches the form too, "
+                     "then --init with its run, other items, or a higher --temperature would help")
     if all(m["part_truncated"] == 1 for m in last):
         found.append(f"every completion {words} was cut at --max-new: raise it, or see in rollouts.jsonl why none ends")
     return found

@@ -514,6 +514,38 @@ def test_troubles_by_hand():
     assert train.troubles([fine] * 5) == [] and train.troubles([fine | {"groups_equal": 1}] * 4) == []
     assert "always 0.50" in train.troubles([fine | {"groups_equal": 1}] * 5)[0] and "--max-new" in train.troubles([fine | {"part_truncated": 1}] * 10)[0]
     assert "always" not in train.troubles([fine | {"groups_equal": 1, "reward": i / 9} for i in range(5)])[0]
+    (none,) = train.troubles([fine | {"reward": -1, "groups_equal": 1}] * 5)
+    assert "--algo sft" in none and "--init" in none and "the form" in none
+
+
+def test_the_advice_for_no_reward_leads_to_reward(monkeypatch):
+    """SFT on questions without rationales, such as MedQA's: a random model that earned -1 on every
+    sample then writes the form, and is right now and then."""
+    questions = [replace(item, rationale="") for item in data.load("demo", "train")[:100]]
+    words = dict.fromkeys([*demos.demo_words(), *data.completion(questions[0]).split()])
+    monkeypatch.setattr(demos, "demo_words", lambda: list(words))
+    torch.set_num_threads(1)
+    policy = demos.demo_policy(0)
+    config = replace(CONFIG, prompts=8, samples=8, max_new=16)
+    sft = replace(config, **train.ALGOS["sft"] | dict(algo="sft", prompts=16, lr=5e-3))
+
+    def sampled():
+        rollouts, _ = train.collect(policy, questions, config, 0)
+        return [rollout.reward for rollout in rollouts]
+
+    assert set(sampled()) == {-1}
+    optimizer = train.make_optimizer(policy, sft)
+    for step in range(30):
+        taught, _ = train.demonstrations(policy, questions, sft, step)
+        assert {rollout.reward for rollout in taught} == {1}
+        train.update(policy, optimizer, taught, sft, step)
+    rewards = sampled()
+    assert rewards.count(-1) < len(rewards) / 2 and {0, 1} <= set(rewards)
+
+
+def test_equal_rewards_are_no_trouble_while_demonstrations_are_taught(model_dir, tmp_path, capsys):
+    run(model_dir, tmp_path / "sft", "--algo", "sft", "--samples", "1", "--steps", "5")
+    assert "nothing is learned" not in capsys.readouterr().err
 
 
 def test_the_best_checkpoint_by_dev_is_kept_apart(model_dir, tmp_path):

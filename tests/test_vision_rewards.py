@@ -35,6 +35,24 @@ def total(item, answer: str, **changes) -> float:
     return grade(item, think(answer), replace(CONFIG, **changes)).total
 
 
+# ------------------------------------------------------------------------- what SFT teaches
+CHOICE = Item("q", "choice", "Which?", ("asthma", "gout"), "B")
+SIGNED = Item("s", "grade", "How much protein?", ("-", "+", "++"), "++")
+
+
+@pytest.mark.parametrize("rationale", ["", "...", "pearly border"])
+@pytest.mark.parametrize("item", [CHOICE, CLASSES, GRADES, WORDED, SIGNED, BOXES],
+                         ids=["choice", "classify", "grade", "worded", "signed", "localize"])
+@pytest.mark.parametrize("style", ["think", "direct", "cot"])
+@pytest.mark.parametrize("reward, full", [("med-rlvr", 1), ("acc-format", 2), ("fuzzy", 2)])
+def test_what_sft_teaches_earns_the_full_reward(reward, full, style, item, rationale):
+    item = replace(item, rationale=rationale)
+    for strict in (False, True):
+        config = replace(CONFIG, reward=reward, style=style, strict=strict, w_leak=.5, w_before=.5)
+        result = grade(item, data.completion(item, style), config)
+        assert result.total == full and result.correct
+
+
 # ------------------------------------------------------------------------------------------------ classes and grades
 @pytest.mark.parametrize("answer", ["basal cell carcinoma", "Basal Cell Carcinoma.", "**basal-cell carcinoma**", "basal_cell_carcinoma", "basal\ncell\u2011carcinoma", r"\boxed{\text{basal cell carcinoma}}"])
 def test_a_class_is_named(answer):
