@@ -21,7 +21,8 @@ from support.errors import UsageError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SPLITS = ("train", "dev", "test")
-DATASETS = ("demo", "demo-images", "medqa", "medqa-4", "mmlu-pro-health", "bccd", "the MedMNIST sets (retinamnist, retinamnist-28, ...)")
+DATASETS = ("demo", "demo-images", "medqa", "medqa-4", "mmlu-pro-health", "bccd")
+OFFERED = f"{', '.join(DATASETS)}, the MedMNIST sets (retinamnist, retinamnist-28, ...)"  # for help
 MAX_LINE = 1_000_000                    # characters in one line of JSONL: a longer one is no exam question
 
 
@@ -90,8 +91,8 @@ def load(dataset: str, split: str, data_dir: str | None = None, limit: int | Non
     elif Path(dataset).exists():
         items = own_items(Path(dataset), split, task)
     else:
-        raise UsageError(f"no data set named {dataset!r}, and no file or folder of that name: there are {', '.join(DATASETS)}, "
-                         "or give the path of a JSONL file")
+        raise UsageError(f"no data set named {dataset!r}, and no file or folder of that name: "
+                         f"there are {OFFERED}, or give the path of a JSONL file")
     if not items:
         raise UsageError(f"{dataset}: split {split!r} has no items")
     if task and (other := {item.task for item in items} - {task}):
@@ -428,7 +429,6 @@ def plain_text(chat: list[dict[str, str]]) -> str:
     return f"{system}\n\nUser: {user}\n\nAssistant:"
 
 
-def completion(item: Item, style: str = "think") -> str:
 # The think block of an item without a rationale. Our choice, since no paper has one: it is true of
 # every item and names no answer, and with it the completion has the form that the reward asks for.
 NO_RATIONALE = "The answer follows from what is given."
@@ -443,6 +443,7 @@ def says_something(text: str) -> bool:
     return any(map(str.isalnum, text))
 
 
+def completion(item: Item, style: str = "think") -> str:
     """What supervised fine-tuning teaches to write; `rewards.grade` gives it the full reward.
 
     The answer is the letter, name, grade or boxes, the latter rounded to the item's frame. In the

@@ -424,7 +424,8 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     p = Parser(prog="eval.py", description="Accuracy of models and runs, side by side; or an answer to one question.")
     p.add_argument("models", nargs="+", metavar="MODEL_OR_RUN", help="a run folder of train.py, a Hugging Face folder, or a hub name; each is compared with the first")
-    p.add_argument("--dataset", nargs="+", help=f"{', '.join(data.DATASETS)}, or a JSONL path (default: the run's, else medqa)")
+    p.add_argument("--dataset", nargs="+", help=f"{data.OFFERED}, or a JSONL path "
+                   "(default: the run's, else medqa)")
     p.add_argument("--data-dir", help="folder that holds the published files, instead of the hub")
     p.add_argument("--split", default="test", choices=data.SPLITS, help="default test")
     p.add_argument("--limit", type=int, help="the first N items only")

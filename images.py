@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from data import Item, UsageError
-from rewards import TAGS, folded
+from rewards import TAGS, folded, is_answer
 
 MAX_PIXELS = 50_000_000                 # a photograph has 12 million; a whole slide has billions and must be cut into tiles first
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")     # of the forty that Pillow knows, one starts a PostScript interpreter
@@ -451,7 +451,7 @@ def own_name(row: dict, where: str, key: str) -> tuple[tuple[str, ...], str]:
     read = [folded(option).removeprefix("grade ") if key == "grade" else folded(option) for option in options]       # as the grader reads them
     if len(set(read)) < len(options):
         raise UsageError(f"{where}: two of the {plural!r} read the same to the grader, which folds case, hyphens and marks")
-    if not all(read) or any(tag in option for tag in TAGS for option in options):
+    if not all(map(is_answer, read)) or any(tag in option for tag in TAGS for option in options):
         raise UsageError(f"{where}: one of the {plural!r} is nothing but marks, or holds a tag such as {TAGS[2]}: no answer could name it")
     if answer not in options:
         raise UsageError(f"{where}: the {key} {str(row[key])[:80]!r} is not one of the {plural!r}")

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from data import LETTERS, to_image
+from data import LETTERS, says_something, to_image
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+SIGNS = "[]+-"  # what an answer may consist of beside letters and digits: no boxes, the grade ++
 
 
 # ------------------------------------------------------------------------------------------------ text -> parts
@@ -25,14 +26,17 @@ class Parsed:
     think: str              # inside the first think block
     answer: str | None      # inside the last complete answer block; None where there is none
     after: str              # text behind that block
-    well_formed: bool       # one non-empty think block, then one non-empty answer block; text around them is tolerated
+    # One non-empty think block, then one non-empty answer block; text around them is tolerated.
+    well_formed: bool
 
 
 def parse(text: str) -> Parsed:
     """Split a completion at its tags.
 
     `well_formed` is a search, not a full match: the paper's stage 5 (reasoning moved in front of <think>) earned reward, so its
-    validator must have let such text pass. `is_strict` is the other reading. That both blocks must be non-empty is our choice.
+    validator must have let such text pass. `is_strict` is the other reading. That both blocks
+    must be non-empty is our choice: thinking needs a letter or a digit, an answer one of these or
+    one of SIGNS.
 
     >>> parse("Hm. <think> red eye </think> <answer> B </answer>")
     Parsed(before='Hm.', think='red eye', answer='B', after='', well_formed=True)
@@ -51,8 +55,17 @@ def parse(text: str) -> Parsed:
     before = text[:first_block].strip() if first_block >= 0 else text.strip()
     after = text[answer_close + len("</answer>"):].strip() if answer_open >= 0 else ""
     well_formed = (all(text.count(tag) == 1 for tag in TAGS) and think_open < think_close < answer_open < answer_close
-                   and bool(think) and bool(answer))
+                   and says_something(think) and is_answer(answer))
     return Parsed(before, think, answer, after, well_formed)
+
+
+def is_answer(text: str | None) -> bool:
+    """Whether an answer block is non-empty: marks and characters without a width are no answer.
+
+    >>> is_answer("<5"), is_answer("[]"), is_answer("."), is_answer(None)
+    (True, True, False, False)
+    """
+    return bool(text) and (says_something(text) or any(sign in text for sign in SIGNS))
 
 
 def is_strict(text: str) -> bool:
@@ -102,6 +115,8 @@ def match_option(answer: str | None, options: tuple[str, ...]) -> str:
     ['B', 'C', 'B', 'A', 'B']
     >>> [match_option(a, options) for a in ("a small region", "A: D cells", "D", "A B C", "pneumonia or not", "")]
     ['', '', '', '', '', '']
+    >>> [match_option(a, ("O", "A", "B", "AB")) for a in ("A", "B", "O")]
+    ['A', 'B', 'A']
     """
     if hopeless(answer, options):
         return ""
@@ -110,9 +125,11 @@ def match_option(answer: str | None, options: tuple[str, ...]) -> str:
     lone = _LETTER.fullmatch(answer)
     if lone and lone[1].upper() in letters:
         return lone[1].upper()
+    for fold in (str, str.casefold):                            # "AA" and "Aa" are two genotypes: exact case first
+        alike = [letter for letter, text in zip(LETTERS, texts) if fold(text) == fold(answer)]
+        if alike:                                               # several only where they read the same: "aa" is neither "AA" nor "Aa"
+            return "".join(alike) if len({texts[LETTERS.index(letter)] for letter in alike}) == 1 else ""
     both = _LETTER_AND_TEXT.fullmatch(answer)
-    >>> [match_option(a, ("O", "A", "B", "AB")) for a in ("A", "B", "O")]
-    ['A', 'B', 'A']
     if both and both[1].upper() in letters:
         named = texts[letters.index(both[1].upper())]
         if normal(both[2]).casefold() == named.casefold():
@@ -125,10 +142,6 @@ _JOINER = re.compile(r"(?<=[^\W_])[-_\u2010\u2011]+(?=[^\W_])")   # inside a wor
 
 def folded(text: str) -> str:
     """`normal`, case folded, hyphens and underscores inside words as spaces: labels come as "basal-cell_carcinoma" too.
-    for fold in (str, str.casefold):                            # "AA" and "Aa" are two genotypes: exact case first
-        alike = [letter for letter, text in zip(LETTERS, texts) if fold(text) == fold(answer)]
-        if alike:                                               # several only where they read the same: "aa" is neither "AA" nor "Aa"
-            return "".join(alike) if len({texts[LETTERS.index(letter)] for letter in alike}) == 1 else ""
 
     >>> folded("**Basal-cell_carcinoma.**"), folded("-1")
     ('basal cell carcinoma', '-1')
@@ -456,7 +469,7 @@ def grade(item, text: str, config, finished: bool = True, n_tokens: int | None =
     """
     parsed = parse(text)
     if config.style != "think":
-        formed = bool(parsed.answer) and text.count("<answer>") == text.count("</answer>") == 1
+        formed = is_answer(parsed.answer) and text.count("<answer>") == text.count("</answer>") == 1
     else:
         formed = is_strict(text) if config.strict else parsed.well_formed
     earned, predicted = judge(item, parsed.answer, config)

@@ -52,7 +52,7 @@ def setting(default, help: str, choices=None):
 class Config:
     """All that a run depends on. Each field is a flag: --clip-high 0.28. Without arguments: GRPO with Med-RLVR's reward."""
     # what to learn from
-    dataset: str = setting("demo", f"{', '.join(data.DATASETS)}, or a JSONL file or folder of your own")
+    dataset: str = setting("demo", f"{data.OFFERED}, or a JSONL file or folder of your own")
     data_dir: str = setting("", "folder that holds the published files, instead of the hub")
     task: str = setting("", "where a data set offers several: localize, classify or grade; empty = its own", ("", "classify", "grade", "localize"))
     target: str = setting("", "bccd: which cells to find: WBC (empty), RBC or Platelets")
@@ -646,7 +646,9 @@ def validate(config: Config) -> None:
             raise UsageError(message)
     refuse(config.samples < 2 and config.advantage == "group" and config.algo != "sft", f"--samples {config.samples}: {config.algo} compares the samples of a group, and a group of 1 has nothing to compare; use at least 2")
     images.check(config.dataset, config.data_dir, config.task, config.target)
-    refuse(not data.is_known(config.dataset) and not Path(config.dataset).exists(), f"no data set named {config.dataset!r}, and no file or folder of that name: there are {', '.join(data.DATASETS)}")
+    refuse(not data.is_known(config.dataset) and not Path(config.dataset).exists(),
+           f"no data set named {config.dataset!r}, and no file or folder of that name: "
+           f"there are {data.OFFERED}")
     refuse(not config.model and config.dataset not in ("demo", "demo-images"), f"--dataset {config.dataset} needs --model: a Hugging Face folder or hub name")
     for least, names in ((1, ("prompts", "samples", "sample_rows", "max_new", "max_prompt", "steps", "updates", "minibatches", "keep")),
                          (0, ("micro_batch", "eval_samples", "eval_every", "save_every", "min_think", "refills", "limit", "eval_limit", "warmup", "critic_warmup", "kl_coef", "shots", "max_pixels",

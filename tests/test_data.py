@@ -90,6 +90,22 @@ def test_names_that_do_not_exist(call, words):
         data.load(*call)
 
 
+def test_only_names_are_known_and_no_sentence_of_help():
+    assert all(data.is_known(name) for name in (*data.DATASETS, "retinamnist", "retinamnist-28"))
+    told = "the MedMNIST sets (retinamnist, retinamnist-28, ...)"
+    assert not data.is_known(told) and not data.is_known("") and not data.is_known("demo, medqa")
+    with pytest.raises(UsageError, match="the MedMNIST sets"):
+        data.load("nothing", "train")
+
+
+@pytest.mark.parametrize("tag", ["<think>", "</think>", "<answer>", "</answer>"])
+def test_a_rationale_with_a_tag_is_refused(tmp_path, tag):
+    """SFT would teach a second block, which is malformed."""
+    path = write(tmp_path / "m.jsonl", ROW | {"answer": "A", "rationale": f"one {tag} two"})
+    with pytest.raises(UsageError, match="line 1: 'rationale' holds a tag"):
+        data.load(str(path), "train")
+
+
 def test_double_ids_are_refused(tmp_path):
     with pytest.raises(UsageError, match="line 2: the id 'x' stands in line 1"):
         data.load(str(write(tmp_path / "m.jsonl", ROW | {"id": "x", "answer": "A"}, ROW | {"id": "x", "answer": "A"})), "train")

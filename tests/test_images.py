@@ -557,7 +557,8 @@ def test_a_task_that_the_row_does_not_have(folder):
     refused(lambda: own(CLASS, folder, "localize"), "mine.jsonl, line 7", "--task localize", "classify")
 
 
-@pytest.mark.parametrize("labels", [["CIN-1", "CIN 1"], ["a.", "a"], ["*a*", "a"], ["**", "b"], ["</answer>", "b"]])
+@pytest.mark.parametrize("labels", [["CIN-1", "CIN 1"], ["a.", "a"], ["*a*", "a"], ["**", "b"], ["</answer>", "b"],
+                                    ["?", "b"]])
 def test_labels_that_the_grader_cannot_tell_apart_are_refused(labels):
     refused(lambda: images.own_name({"label": labels[0], "labels": labels}, "f, line 1", "label"), "f, line 1", "labels")
 

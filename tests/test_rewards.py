@@ -91,6 +91,30 @@ def test_form(text, well_formed, strict):
     assert grade(ITEM, text, replace(CONFIG, strict=True)).total == (1 if strict else -1)
 
 
+@pytest.mark.parametrize("nothing", [".", "...", "\u200b", "\u2060 \ufeff", "-", "\n*\n", "<>"])
+def test_a_think_block_without_a_letter_or_digit_is_empty(nothing):
+    text = f"<think>{nothing}</think><answer>B</answer>"
+    assert not parse(text).well_formed and grade(ITEM, text, CONFIG).total == -1
+
+
+@pytest.mark.parametrize("something", ["x", "7", "é", "红", "²", ". x"])
+def test_a_letter_or_digit_of_any_script_is_thinking(something):
+    assert parse(f"<think>{something}</think><answer>B</answer>").well_formed
+
+
+@pytest.mark.parametrize("nothing", [".", "...", "\u200b", "**", "\u2060"])
+def test_an_answer_of_marks_is_empty_in_every_style(nothing):
+    assert grade(ITEM, think(nothing), CONFIG).total == -1
+    for style in ("direct", "cot"):
+        config = replace(CONFIG, style=style)
+        assert grade(ITEM, f"<answer>{nothing}</answer>", config).total == -1
+
+
+@pytest.mark.parametrize("answer", ["-1", "<5", "[[1, 2, 3, 4]]", "[]", "++", "-", "五"])
+def test_short_answers_that_are_none_of_the_options_keep_their_form(answer):
+    assert parse(think(answer)).well_formed and grade(ITEM, think(answer), CONFIG).total == 0
+
+
 def test_the_last_complete_answer_counts():
     assert parse("<answer>A</answer> <answer>B</answer> <answer>C").answer == "B"
     assert parse("<answer>A <answer>B</answer>").answer == "B" and parse("<answer>A</answer></answer>").answer == "A"
