@@ -24,6 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import data
 import images
 from data import Item, UsageError
+from ranks import say
 
 
 # -------------------------------------------------------------------------------------------- what flows
@@ -287,6 +288,30 @@ def add_lora(decoder: nn.Module, rank: int, alpha: float, targets: str, switch: 
             setattr(parent, name, LoRALinear(child, rank, alpha, switch, names, generator))
 
 
+# --------------------------------------------------------------------------------------- precision
+def product_dtype(device: str | torch.device) -> torch.dtype:
+    """The type of matrix products: bf16 on a GPU that has it, fp32 elsewhere.
+
+    A GPU before Ampere, such as a T4 or V100, can only emulate bf16, which is slower than fp32.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
+def halve_linear_layers(model: nn.Module) -> None:
+    """Round the weights of a frozen fp32 model's linear layers to bf16, in place.
+
+    Autocast rounds these weights for every product anyway, so its outputs do not change by a bit.
+    What is added up between the products stays fp32: the embedding, and a head that is tied to it.
+    """
+    embedding = model.get_input_embeddings().weight
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and layer.weight is not embedding:
+            layer.to(torch.bfloat16)
+
+
 # ----------------------------------------------------------------------------------------------- policy
 class Policy:
     """A model, its tokenizer, and what is trained of it. Made by `Policy.load`, `runs.open_policy` (a run folder too) or in demo.py."""
@@ -300,6 +325,8 @@ class Policy:
             raise UsageError("--train-vision: this model has no vision tower; use a Qwen2.5-VL or Qwen2-VL")
         self._image_tokens()
         self.device, self.switch, self.checkpointing = model.device, {"adapters": "policy" if lora else None}, checkpointing
+        # --full on a GPU: fp32 weights, bf16 products. Elsewhere products have the weights' type.
+        self.mixed = model.dtype == torch.float32 and product_dtype(self.device) == torch.bfloat16
         without_dropout(model)
         for layer in model.modules():
             if type(layer) is nn.Linear:
@@ -318,11 +345,13 @@ class Policy:
             nn.init.zeros_(self.value_head.bias)
         if init is not None:
             self._start_from(init)
-        self.frozen = copy.deepcopy(model).requires_grad_(False) if keep_reference and not lora else None
-        if self.frozen is not None and image_processor and not train_vision:
-            self.frozen.model.visual = model.model.visual                                         # never moved: one is enough
-        if self.frozen is not None and self.device.type == "cuda":
-            self.frozen.to(torch.bfloat16)                                                        # its products are bf16 anyway: half the memory
+        self.frozen = None
+        if keep_reference and not lora:
+            self.frozen = copy.deepcopy(model).requires_grad_(False)
+            if self.mixed:
+                halve_linear_layers(self.frozen)  # before it shares any with the policy
+            if image_processor and not train_vision:
+                self.frozen.model.visual = model.model.visual  # never moved: one is enough
         if checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             # The layers run again in the backward pass, when other adapters may be in force: each remembers its own.
@@ -342,8 +371,12 @@ class Policy:
         Raises UsageError where there is no such model, no tokenizer, or a family that prompt-once attention does not serve.
         """
         full = kwargs.get("lora", 16) == 0
+        products = product_dtype(device)
+        if device.startswith("cuda") and products == torch.float32:
+            gpu = torch.cuda.get_device_name(device)
+            say(f"{gpu} has no bf16 of its own: it computes in fp32, with twice the memory")
         if dtype is None:
-            dtype = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() and not full else torch.float32
+            dtype = torch.float32 if full else products
         try:
             config = AutoConfig.from_pretrained(name_or_path)
             refuse_unserved(config)
@@ -501,9 +534,13 @@ class Policy:
 
     # -- the model's three calls: hidden states, head, values
     def _autocast(self):
-        """--full on a GPU: fp32 weights, bf16 products. LoRA and CPU compute in the weights' own type."""
-        mixed = self.device.type == "cuda" and self.model.dtype == torch.float32 and torch.cuda.is_bf16_supported()
-        return torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
+        """Entered for the decoder and for the head's product, and for nothing else while scoring.
+
+        The policy and its frozen reference are under the same one. All that is done with logits and
+        hidden states (log-probs, entropies, values) stands outside, since autocast would bring dot
+        products and the value head to bf16.
+        """
+        return torch.autocast(self.device.type, torch.bfloat16) if self.mixed else nullcontext()
 
     def _hidden(self, ids: Tensor, positions: Tensor, layout: Packed | Cache, pictures: list[Pictures | None] = ()) -> Tensor:
         """ids [P, S], positions [P, S] or [3, P, S] -> the decoder's last hidden states [P, S, D]"""
@@ -518,7 +555,9 @@ class Policy:
 
     def _logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """[..., D] -> [..., V] in fp32, divided by the temperature: the one place where sampler, scorer and reference get theirs."""
-        logits = self.model.lm_head(hidden).float()
+        with self._autocast():
+            logits = self.model.lm_head(hidden)
+        logits = logits.float()
         logits = logits / temperature if temperature not in (0, 1) else logits                    # a pass over [..., V] saved
         return logits.index_fill_(-1, self.forbidden, -1e9) if len(self.forbidden) else logits    # not -inf: 0 x -inf in the entropy would be NaN
 
@@ -609,14 +648,15 @@ class Policy:
             return torch.cat([last, h[:, L:].unflatten(1, (G, T - 1))], 2)
         with self._autocast():
             hidden = predicting(self._hidden(ids, positions, layout, batch.pictures))
-            logps, entropy = self._token_logps(hidden[batch.mask], batch.completion_ids[batch.mask], temperature)
-            values = None
-            if self.critic and values_too:
-                if self.critic == "lora":
-                    with self._adapters("critic"):
-                        hidden = predicting(self._hidden(ids, positions, layout, batch.pictures))
-                seen = hidden if self.critic == "lora" else hidden.detach()                       # "head": reads the policy's states, never moves them
-                values = self.value_head(seen[batch.mask].float())[:, 0]
+        targets = batch.completion_ids[batch.mask]
+        logps, entropy = self._token_logps(hidden[batch.mask], targets, temperature)
+        values = None
+        if self.critic and values_too:
+            seen = hidden.detach()  # "head": reads the policy's states, never moves them
+            if self.critic == "lora":
+                with self._adapters("critic"), self._autocast():
+                    seen = predicting(self._hidden(ids, positions, layout, batch.pictures))
+            values = self.value_head(seen[batch.mask].float())[:, 0]
         spread = lambda x: torch.zeros(P, G, T, device=ids.device).masked_scatter(batch.mask, x)  # [sum len] -> [P, G, T]
         return Scores(spread(logps), spread(entropy), spread(values) if values is not None else None)
 

@@ -34,28 +34,39 @@ def check_hub(config) -> None:
         raise UsageError(f"not on this machine, and the hub cannot be reached: {' and '.join(what for what, _ in missing)}. "
                          f"Connect to the network, or give {' and '.join(way for _, way in missing)}")
     total, trained = policies.model_size(config.model, 0 if config.full else config.lora)
-    on_cpu = policies.pick_device(config.device) == "cpu"
-    if on_cpu and config.device != "cpu" and total > 1e9:
+    device = policies.pick_device(config.device)
+    if device == "cpu" and config.device != "cpu" and total > 1e9:
         raise UsageError(f"{config.model} has {total / 1e9:.1f} billion weights and there is no GPU: a step would take hours. "
                          "Give --device cpu if that is meant, or --model DIR with a smaller model")
-    seconds = forecast(config, total, "cpu" if on_cpu else "cuda")
+    seconds = forecast(config, total, device)
     say(f"{config.model}: {total / 1e6:,.0f} million weights, {trained / 1e6:,.1f} million trained. "
         f"To download: {', '.join(what for what, _ in missing) or 'nothing'}{f' (model about {2 * total / 1e9:.1f} GB)' if any(config.model == w for w, _ in missing) else ''}. "
         f"A checkpoint takes {12 * trained / 1e9:.2f} GB, {config.keep} are kept. Estimated {config.steps * seconds / 3600:.1f} h for {config.steps} steps, evaluation not counted")
     if missing:                                                               # else the table below says it better
-        parts = memory(config, policies.model_shape(config.model), total, trained, 350, on_cpu)
+        fp32 = policies.product_dtype(device) == torch.float32
+        parts = memory(config, policies.model_shape(config.model), total, trained, 350, fp32)
         say(f"memory, estimated: {peak(parts) / 1e9:.1f} GB")
 
 
-def memory(config, shape, total: int, trained: int, prompt: int, on_cpu: bool, head_chunk: int = 512) -> dict[str, int]:
-    """Bytes by kind, by arithmetic. prompt: tokens of the longest. Sampling (K/V) and the update (activations, head) do not hold theirs at the same time."""
+def memory(config, shape, total: int, trained: int, prompt: int, fp32: bool,
+           head_chunk: int = 512) -> dict[str, int]:
+    """Bytes by kind, by arithmetic. prompt: tokens of the longest; fp32: products are not in bf16.
+
+    Sampling (K/V) and the update (activations, head) do not hold theirs at the same time.
+    """
     layers, hidden, rows = shape.num_hidden_layers, shape.hidden_size, min(config.sample_rows, config.prompts * config.samples)
     width = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
-    half = 4 if on_cpu else 2                                                                                     # bytes of a number in forward and backward
+    half = 4 if fp32 else 2  # bytes of a number in the passes
     tokens = min(config.micro_batch or config.prompts, config.prompts) * (prompt + config.samples * config.max_new)      # of one forward pass
     inside = tokens * (8 * hidden + 6 * shape.intermediate_size) * half                                           # one layer, recomputed
-    reference = half * total if config.full and config.kl_coef else 0                                             # adapters off costs nothing, a copy does
-    weights = (4 + (0 if on_cpu else 2)) * total if config.full else half * total + 4 * trained                   # on a GPU also a bf16 copy, cast for the products
+    reference = 0  # adapters off cost nothing, a copy does
+    if config.full and config.kl_coef:
+        embedding = shape.vocab_size * shape.hidden_size  # stays fp32 in the copy
+        reference = half * (total - embedding) + 4 * embedding
+    if config.full:
+        weights = (4 if fp32 else 6) * total  # bf16: also a copy, cast for the products
+    else:
+        weights = half * total + 4 * trained
     return {"weights": weights + reference, "gradients": 4 * trained, "optimiser": 8 * trained,
             "K/V while sampling": layers * 2 * shape.num_key_value_heads * width * half * (rows * config.max_new + math.ceil(rows / config.samples) * prompt),
             "activations": tokens * hidden * half * (layers if config.checkpointing else 12 * layers) + inside,
@@ -77,10 +88,10 @@ def available(device: torch.device, held: int) -> float:
         return math.inf
 
 
-def fit(config, shape, total: int, trained: int, prompt: int, on_cpu: bool, free: float) -> tuple:
+def fit(config, shape, total: int, trained: int, prompt: int, fp32: bool, free: float) -> tuple:
     """(config, head chunk, memory): micro-batch, then rows sampled at once, then the head's chunk halved until nine tenths of `free` hold it, or nothing is left to halve."""
     config, chunk = replace(config, micro_batch=config.micro_batch or math.ceil(config.prompts / config.minibatches)), 512
-    while peak(parts := memory(config, shape, total, trained, prompt, on_cpu, chunk)) > .9 * free:
+    while peak(parts := memory(config, shape, total, trained, prompt, fp32, chunk)) > .9 * free:
         sampling = parts["K/V while sampling"] > parts["activations"] + parts["head chunk"]
         if sampling and config.sample_rows > config.samples:
             config = replace(config, sample_rows=max(config.samples, min(config.sample_rows, config.prompts * config.samples) // 2))
@@ -107,12 +118,12 @@ def longest(policy: Policy, items: list, config, n: int) -> list:
 
 def preflight(policy: Policy, items: list, config):
     """Print what the run will use, choose sizes that fit, and run the longest batch. Returns the config with those sizes; sets policy.head_chunk."""
-    on_cpu, model = policy.device.type == "cpu", policy.model
+    fp32, model = policies.product_dtype(policy.device) == torch.float32, policy.model
     total, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in policy.trainable().values())
     shape, first = model.config.get_text_config(decoder=True), longest(policy, items, config, 1)[0]
     prompt = len(policy.prompt(first, config.style))
     free = available(policy.device, sum(p.numel() * p.element_size() for p in model.parameters()))
-    config, policy.head_chunk, parts = fit(config, shape, total, trained, prompt, on_cpu, free)
+    config, policy.head_chunk, parts = fit(config, shape, total, trained, prompt, fp32, free)
     say(f"memory, estimated for a longest prompt of {prompt} tokens and {config.samples} x {config.max_new} new ones (GB):")
     for name, size in [*parts.items(), ("at the largest moment", peak(parts)), ("there is", free)]:
         say(f"  {name:<22}{size / 1e9:10.3f}")
@@ -157,9 +168,10 @@ def smaller(config, name: str, where: str) -> int:
 
 def forecast(config, total: int, device: str, prompt: int = 350) -> float:
     """Seconds a step, roughly: matrix products at 40% of the rate measured now, decoding at 50% of the copy bandwidth, completions at their limit."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    side = 4096 if device == "cuda" else 1024
-    x, y = torch.ones(side, side, dtype=dtype, device=device), torch.ones(2**26 if device == "cuda" else 2**24, dtype=dtype, device=device)
+    dtype, on_cpu = policies.product_dtype(device), device == "cpu"
+    side = 1024 if on_cpu else 4096
+    x = torch.ones(side, side, dtype=dtype, device=device)
+    y = torch.ones(2**24 if on_cpu else 2**26, dtype=dtype, device=device)
     def seconds(work) -> float:
         work()
         start = time.perf_counter()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ranks
 from data import UsageError
-from policy import Policy, Rollout
+from policy import Policy, Rollout, product_dtype
 
 
 MADE_HERE = ("", "tiny-vl")             # values of --model for which the model is made in code, not loaded
@@ -87,7 +87,7 @@ def open_policy(path: str, device: str, **kwargs) -> tuple[Policy, dict]:
     """A run folder's newest checkpoint, a model folder or a hub name -> the policy, and the run's config ({} for a model)."""
     config = read_run(path)
     if not config:
-        return Policy.load(path, device, torch.bfloat16 if device.startswith("cuda") else torch.float32, lora=0, **kwargs), {}
+        return Policy.load(path, device, product_dtype(device), lora=0, **kwargs), {}
     run, named = run_of(path)
     checkpoint = named or newest_checkpoint(run)
     if checkpoint is None:

@@ -8,6 +8,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import demo as demos
+import policy as policies
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
@@ -24,6 +25,12 @@ def demo():
     with torch.no_grad():
         policy.model.lm_head.weight.mul_(3)
     return policy
+
+
+@pytest.fixture
+def bf16_products(monkeypatch):
+    """A policy made here computes as on a GPU: fp32 weights, bf16 products by autocast."""
+    monkeypatch.setattr(policies, "product_dtype", lambda device: torch.bfloat16)
 
 
 @pytest.fixture

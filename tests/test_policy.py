@@ -1,4 +1,5 @@
 """The policy: sampler = scorer = the model's own replicated forward, one row a prompt, masks from lengths."""
+import types
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import (Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granit
 
 import demo as demos
 import policy as policies
+import runs
 from data import UsageError
 from policy import Policy, Rollout, collate
 
@@ -338,3 +340,103 @@ def test_each_name_of_lora_targets_must_be_there():
     assert {name.split(".")[-3] for name in policy.trainable()} == {"q_proj", "v_proj"}
     with pytest.raises(UsageError, match="'v_prj'"):
         family("llama", lora=4, lora_targets="q_proj,v_prj")
+
+
+# ------------------------------------------------------------------- numbers on a GPU, without one
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("critic", ["", "head", "lora"])
+def test_under_autocast_only_products_are_in_bf16(items, demo, critic, checkpointing):
+    """Log-probs, entropies and values against float64 arithmetic on what they are made of."""
+    policy = Policy(demo.model, demo.tokenizer, lora=4 if critic == "lora" else 0, critic=critic,
+                    checkpointing=checkpointing, head_chunk=7)
+    policy._autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    batch = collate(made_up(policy, items[:2], [[4, 9, 2], [3, 1, 6]]))
+    chunks, states = [], []
+    logits_of = policy._logits
+
+    def recorded(*args):
+        chunks.append(logits_of(*args))
+        return chunks[-1]
+    policy._logits = recorded
+    if critic:
+        torch.nn.init.normal_(policy.value_head.weight)
+        policy.value_head.register_forward_pre_hook(lambda _, args: states.append(args[0].detach()))
+    scores = policy.score(batch, .7)
+
+    logits = torch.cat(chunks).detach().double()                              # [tokens, V]
+    assert logits.shape[0] == batch.mask.sum() and len(chunks) > 1
+    logps = logits.log_softmax(-1)
+    targets = batch.completion_ids[batch.mask][:, None]
+    expected = {"logps": logps.gather(1, targets)[:, 0], "entropy": -(logps.exp() * logps).sum(-1)}
+    if critic:
+        expected["values"] = states[0].double() @ policy.value_head.weight[0].detach().double()
+    for name, values in expected.items():
+        mine = getattr(scores, name)
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine[batch.mask].double(), values, rtol=1e-5, atol=1e-5)
+
+    (scores.logps.sum() + (scores.values.sum() if critic else 0)).backward()
+    gradients = [p.grad for p in policy.trainable().values()]
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
+def test_under_autocast_the_sampler_picks_in_fp32(items, demo, monkeypatch):
+    """Recorded log-probs against float64 arithmetic on the logits that tokens were picked from."""
+    demo._autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    picks, pick = [], policies.pick
+
+    def recorded(logits, *args, **kwargs):
+        picks.append((logits, *pick(logits, *args, **kwargs)))
+        return picks[-1][1:]
+    monkeypatch.setattr(policies, "pick", recorded)
+    demo.sample(items[:2], 3, 9, 1.0, seed=0)
+    for logits, tokens, logps in picks:
+        assert logps.dtype == torch.float32
+        every = logits.double().log_softmax(-1).expand(*tokens.shape, -1)
+        exact = every.gather(-1, tokens[..., None])[..., 0]
+        torch.testing.assert_close(logps.double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reference_in_half_the_memory_starts_as_the_policy(items, bf16_products, tied):
+    """The KL is exactly 0 before any update, and linear layers, but for a tied one, are in bf16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=97, **SIZES, tie_word_embeddings=tied,
+                         attn_implementation="prompt_once")
+    policy = Policy(LlamaForCausalLM(config), character_tokenizer(), lora=0, keep_reference=True)
+    batch = collate(made_up(policy, items[:2], [[4, 2], [3, 5]]))
+    with policy.reference():
+        reference = policy.score(batch).logps
+    assert torch.equal(policy.score(batch).logps.detach(), reference)
+    # Tied, the head has no name of its own: it is the embedding.
+    names = [name for name, _ in policy.model.named_parameters()]
+    linear = {name for name in names if "proj" in name or "head" in name}
+    half = {name for name, p in policy.frozen.named_parameters() if p.dtype == torch.bfloat16}
+    assert half == linear
+    assert all(p.dtype == torch.float32 for p in policy.model.parameters())
+
+
+@pytest.mark.parametrize("major, dtype", [(7, torch.float32), (8, torch.bfloat16)])
+def test_bf16_only_where_the_gpu_has_it(major, dtype, tmp_path, monkeypatch, capsys):
+    """A T4 (7.5) emulates bf16: there fp32, and one line that says so."""
+    family("llama", lora=0).save_folder(tmp_path)
+    capsys.readouterr()
+    card = types.SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)  # emulated
+    loaded, said = [], []
+
+    def from_pretrained(path, dtype, **kwargs):
+        loaded.append(dtype)
+        raise OSError("there is no GPU to load it to")
+    monkeypatch.setattr(policies.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    for load, kwargs in ((Policy.load, {}), (Policy.load, {"lora": 0}), (runs.open_policy, {})):
+        with pytest.raises(UsageError, match="no GPU to load it to"):
+            load(str(tmp_path), "cuda", **kwargs)
+        said.append(capsys.readouterr().err)
+    assert loaded == [dtype, torch.float32, dtype]  # adapters, --full, a model to evaluate
+    line = "Card has no bf16 of its own: it computes in fp32, with twice the memory\n"
+    assert said == [line if major == 7 else ""] * 3

@@ -424,11 +424,21 @@ def test_the_arithmetic_is_near_the_truth(model_dir):
     policy = Policy.load(model_dir, lora=0)
     config = with_settings(samples=2, prompts=2)
     total = sum(p.numel() for p in policy.model.parameters())
-    parts = preflight.memory(config, policy.model.config, total, total, 20, on_cpu=True)
+    parts = preflight.memory(config, policy.model.config, total, total, 20, fp32=True)
     optimizer = train.make_optimizer(policy, config)
     train.update(policy, optimizer, rollouts_for(policy, config), config, 0)
     moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim())
     assert (parts["weights"], parts["gradients"], parts["optimiser"]) == (sum(p.nbytes for p in policy.model.parameters()), 4 * total, moments)
+
+
+def test_the_bf16_reference_is_counted(model_dir, bf16_products):
+    """Weights in fp32, their casts in bf16, and the copy, whose embedding stays fp32."""
+    policy = Policy.load(model_dir, lora=0, keep_reference=True)
+    config = with_settings(full=True, kl_coef=.1)
+    total = sum(p.numel() for p in policy.model.parameters())
+    parts = preflight.memory(config, policy.model.config, total, total, 20, fp32=False)
+    copy = sum(p.nbytes for p in policy.frozen.parameters())
+    assert parts["weights"] == pytest.approx(6 * total + copy, rel=.01)  # but for norms
 
 
 def test_dry_run_writes_nothing(model_dir, tmp_path, monkeypatch, capsys):

@@ -261,3 +261,20 @@ def test_few_shots_of_boxes_and_a_limit_after_it():
 
 def test_a_box_never_rounds_to_nothing():
     assert data.to_frame((100, 100, 103, 102), (56, 56, 1000, 1000)) == (6, 6, 7, 7)
+
+
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_a_frozen_reference_leaves_the_tower_it_shares_alone(items, bf16_products, train_vision):
+    """Rounding the reference to bf16 once rounded the policy's tower too, and ended autocast."""
+    made = tiny(items)
+    policy = Policy(made.model, made.tokenizer, lora=0, image_processor=made.image_processor,
+                    train_vision=train_vision, keep_reference=True)
+    assert all(p.dtype == torch.float32 for p in policy.model.parameters())
+    shared = policy.frozen.model.visual is policy.model.model.visual
+    assert shared == (not train_vision)
+    started = [policy.start(item, p, "think") for p, item in enumerate(items)]
+    batch = collate([replace(r, completion_ids=[9, 8, 7], sample_logps=[0.0] * 3) for r in started])
+    with policy.reference():
+        reference = policy.score(batch).logps
+        assert isinstance(policy._autocast(), torch.autocast)
+    assert torch.equal(policy.score(batch).logps.detach(), reference)
