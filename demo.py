@@ -140,7 +140,7 @@ def demo_policy(seed: int, **kwargs) -> Policy:
     config = Qwen2Config(vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, initializer_range=.15, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
                          tie_word_embeddings=False, bos_token_id=None, eos_token_id=1, pad_token_id=0, attn_implementation="prompt_once")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # made on the CPU: no GPU is touched
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
     return Policy(model, tokenizer, lora=0, **kwargs)
@@ -168,7 +168,7 @@ def tiny_vl_policy(seed: int, texts: list[str], **kwargs) -> Policy:
                            window_size=56, fullatt_block_indexes=[1], out_hidden_size=64, initializer_range=.15),
         vision_start_token_id=2, image_token_id=3, vision_end_token_id=4, tie_word_embeddings=False,
         attn_implementation={"text_config": "prompt_once"})
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = 1

@@ -440,3 +440,14 @@ def test_bf16_only_where_the_gpu_has_it(major, dtype, tmp_path, monkeypatch, cap
     assert loaded == [dtype, torch.float32, dtype]  # adapters, --full, a model to evaluate
     line = "Card has no bf16 of its own: it computes in fp32, with twice the memory\n"
     assert said == [line if major == 7 else ""] * 3
+
+
+def test_making_the_demos_models_touches_no_gpu(monkeypatch):
+    def touched(*args):
+        raise AssertionError("a GPU's random state was asked for")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", touched)
+    before = torch.get_rng_state()
+    demos.demo_policy(0)
+    demos.tiny_vl_policy(0, ["some text"])
+    assert torch.equal(torch.get_rng_state(), before)
