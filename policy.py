@@ -5,6 +5,7 @@ One attention function, registered with transformers, does this for scoring (wit
 The idea is Prefix Grouper's (arXiv 2506.05433), here for sampling, old and reference log-probs and the gradient alike, exactly and not approximately.
 """
 import copy
+import inspect
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 import numpy as np
@@ -158,9 +159,9 @@ class Cache:
     """Keys and values while decoding: the prompt's once per prompt, the completions' in buffers of fixed length.
 
     One token a completion is fed at a time, as a [P, G] "sequence" whose G positions do not see each other. To transformers this is the
-    `past_key_values`, of which it calls only `update`, and to the attention function below it is the layout.
+    cache, of which it calls only `update`, and to the attention function below it is the layout.
     """
-    is_sliding = False                  # transformers 5.17 asks
+    is_sliding = ()  # no layer is: transformers 5.17 looks through them
 
     def __init__(self, prompt_mask: Tensor, G: int, max_new: int):
         self.prompt_mask, self.G, self.max_new, self.length = prompt_mask, G, max_new, -1         # length -1: the prompt comes next
@@ -327,6 +328,9 @@ class Policy:
         self.device, self.switch, self.checkpointing = model.device, {"adapters": "policy" if lora else None}, checkpointing
         # --full on a GPU: fp32 weights, bf16 products. Elsewhere products have the weights' type.
         self.mixed = model.dtype == torch.float32 and product_dtype(self.device) == torch.bfloat16
+        # transformers 5.17 calls the cache so; later versions warn of this name and have another.
+        known = inspect.signature(model.get_decoder().forward).parameters
+        self.cache_argument = "past_key_values" if "past_key_values" in known else "cache"
         without_dropout(model)
         for layer in model.modules():
             if type(layer) is nn.Linear:
@@ -544,7 +548,9 @@ class Policy:
 
     def _hidden(self, ids: Tensor, positions: Tensor, layout: Packed | Cache, pictures: list[Pictures | None] = ()) -> Tensor:
         """ids [P, S], positions [P, S] or [3, P, S] -> the decoder's last hidden states [P, S, D]"""
-        cache = {"past_key_values": layout, "use_cache": True} if isinstance(layout, Cache) else {"use_cache": False}
+        cache = {"use_cache": False}
+        if isinstance(layout, Cache):
+            cache = {"use_cache": True, self.cache_argument: layout}
         inputs = {"input_ids": ids}
         if seen := [p for p in pictures if p is not None]:
             words = self.model.get_input_embeddings()(ids)                                        # [P, S, D]

@@ -1,5 +1,6 @@
 """The policy: sampler = scorer = the model's own replicated forward, one row a prompt, masks from lengths."""
 import types
+import warnings
 
 import pytest
 import torch
@@ -451,3 +452,13 @@ def test_making_the_demos_models_touches_no_gpu(monkeypatch):
     demos.demo_policy(0)
     demos.tiny_vl_policy(0, ["some text"])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "qwen3", "mistral"])
+def test_sampling_warns_of_nothing(name, items, demo):
+    """transformers renames arguments and warns of the old name, which a user would see."""
+    policy = demo if name == "qwen2" else family(name, lora=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        policy.sample(items[:2], 2, 4, 1.0, seed=0)
+    assert [str(warning.message) for warning in caught] == []
