@@ -201,6 +201,32 @@ def test_temperature_holds_for_sampler_scorer_and_reference(model_dir):
     assert {ratio for r in rollouts for ratio in r.closer["ratio"]} == {1.0}
 
 
+class Mover(Recorder):
+    """Plain gradient descent that keeps the gradients it has followed."""
+    def step(self):
+        super().step()
+        with torch.no_grad():
+            for p in self.policy.trainable().values():
+                p.sub_(.5 * p.grad)
+
+
+@pytest.mark.parametrize("algo", ["gspo", "dapo"])
+def test_ratio_and_clip_act_with_the_rows_of_gspo_and_dapo(algo, model_dir):
+    """On the first optimiser step of a rollout every ratio is 1: only a later one can differ."""
+    row = train.ALGOS[algo] | dict(dynamic=False)                             # every group is kept
+    unclipped = row | dict(ratio="token", clip_low=.999, clip_high=1e9)
+    gradients = []
+    for settings in (row, unclipped):
+        config = replace(CONFIG, **settings)
+        policy = policies.Policy.load(model_dir, lora=0)
+        mover = Mover(policy)
+        train.update(policy, mover, rollouts_for(policy, config), config, 0)
+        gradients.append(mover.seen)
+    assert [len(steps) for steps in gradients] == [4, 4]
+    far = [float((a - b).norm() / b.norm()) for a, b in zip(*gradients)]
+    assert far[0] < 1e-5 and max(far[1:]) > .01
+
+
 def test_kl_is_positive_away_from_the_reference_and_the_update_reduces_it(model_dir):
     policy = policies.Policy.load(model_dir, lora=0, keep_reference=True)
     with torch.no_grad():
@@ -301,6 +327,8 @@ def test_flags_beat_defaults_and_defaults_beat_the_algorithm():
     assert (config.clip_high, config.dynamic, config.weights, config.template) == (.3, True, "token", "plain")
     assert train.make_config({"algo": "grpo", "dataset": "demo"}).kl_coef == 0 and train.make_config({"algo": "grpo", "dataset": "medqa"}).kl_coef == .04
     assert train.Config().reward == "med-rlvr"
+    assert train.make_config({"algo": "dapo", "dataset": "medqa"}).minibatches == 4
+    assert train.make_config({"algo": "dapo", "dataset": "demo"}).minibatches == 1
 
 
 def test_a_path_does_not_take_a_data_sets_settings_by_its_name():
