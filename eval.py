@@ -11,10 +11,9 @@ import math
 import re
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ import policy as policies
 import ranks
 import rewards
 import runs
+from config import Config
 from data import Item, UsageError
 
 
@@ -304,17 +304,26 @@ def as_line(result: dict) -> str:
     return text + f"; an answer could be read in {result['parsed']:.0%}, {result['truncated']:.0%} cut at the limit"
 
 
-def settings(args, config: dict, dataset: str | None = None, style: str | None = None):
-    """What sampling and grading need to know: flags first, then the run's own config, then the defaults of the paper's prompt."""
-    defaults = {"dataset": "medqa", "data_dir": "", "style": "think", "max_new": 512, "max_prompt": 2048, "reward": "med-rlvr", "strict": False, "w_format": 1.0,
-                "w_leak": 0.0, "w_before": 0.0, "w_short": 0.0, "w_overlong": 0.0, "min_think": 30, "overlong_share": 0.2, "shuffle_options": False, "seed": 0, "task": "", "target": "",
-                "knowledge": "none", "knowledge_file": "",
-                "fuzzy": "tenth", "box_reward": "iou", "tau": 0.5, "recite": 0.0}
-    flags = {name: value for name, value in vars(args).items() if value is not None and name not in ("dataset", "style")}
-    if dataset and dataset != config.get("dataset"):                          # what was said of the run's own data set
-        config = {name: value for name, value in config.items() if name not in ("task", "target", "knowledge", "knowledge_file")}
+# A model alone is evaluated with training's defaults, but for these two: the paper's test set, and
+# a prompt that fits a model is not dropped.
+ALONE = Config(dataset="medqa", max_prompt=2048)
+# --samples, --limit and --seed say other things here than in training, so they are not among these.
+FLAGS = ("data_dir", "task", "target", "knowledge", "knowledge_file", "max_pixels", "max_new",
+         "max_prompt", "template", "stop_answer")
+
+
+def settings(args, run: dict, dataset: str | None = None, style: str | None = None) -> Config:
+    """What prompts, sampling and grading need to know: the flags, then the run's own settings, then `ALONE`.
+
+    The seed stays the run's: options stand as in training, whatever --seed is.
+    """
+    if dataset and dataset != run.get("dataset"):
+        own = ("task", "target", "knowledge", "knowledge_file")               # of the run's own data set
+        run = {name: value for name, value in run.items() if name not in own}
+    trained = {f.name: run[f.name] for f in fields(Config) if f.name in run}
+    flags = {name: value for name in FLAGS if (value := getattr(args, name, None)) is not None}
     chosen = {name: value for name, value in (("dataset", dataset), ("style", style)) if value}
-    return SimpleNamespace(**(defaults | config | flags | chosen), order=config.get("seed", 0))     # options stand as in training, whatever --seed is
+    return replace(ALONE, **(trained | flags | chosen))
 
 
 def fitting(policy, items: list[Item], config, what: str = "") -> list[Item]:
@@ -331,7 +340,7 @@ def fitting(policy, items: list[Item], config, what: str = "") -> list[Item]:
 def load_items(config, split: str, limit: int | None) -> list[Item]:
     items = data.load(config.dataset, split, config.data_dir or None, limit, config.task, config.target)
     items = data.with_knowledge(items, config.dataset, config.knowledge, config.knowledge_file)
-    return [data.shuffle_options(item, config.order) for item in items] if config.shuffle_options else items
+    return [data.shuffle_options(item, config.seed) for item in items] if config.shuffle_options else items
 
 
 def seen_in_training(items: list[Item], run: dict) -> int | None:
@@ -354,7 +363,8 @@ def evaluate_model(name: str, args) -> list[tuple[dict, list]]:
             config = settings(args, run, dataset, style)
             items = fitting(policy, load_items(config, args.split, args.limit), config)
             label = f"{Path(name).name} {config.dataset} {config.style} "
-            result, rollouts = evaluate(policy, items, config, samples=args.samples, seed=config.seed, label=label)
+            seed = config.seed if args.seed is None else args.seed
+            result, rollouts = evaluate(policy, items, config, samples=args.samples, seed=seed, label=label)
             greedy = rollouts[:len(items)]
             result |= {"model": name, "dataset": config.dataset, "split": args.split, "style": config.style}
             if all(item.task != "localize" for item in items):

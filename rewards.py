@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from config import Config
 from data import LETTERS, says_something, to_image
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -491,7 +492,7 @@ def example() -> str:
     """One question and four completions, from text to parts, reward and stage, as a table."""
     from types import SimpleNamespace as Plain
     item = Plain(task="choice", options=("asthma", "gout"), answer="B", knowledge=(), frame=())
-    config = Plain(reward="med-rlvr", strict=False, style="think", w_format=1, w_leak=.5, w_before=0, w_short=0, w_overlong=0, recite=0, min_think=30, overlong_share=.2, max_new=64)
+    config = Config(w_leak=.5, max_new=64)
     rows = [f"{'reward':>6}  {'parts that are not 0':<36} {'stage':<21} completion"]
     for text in ("<think> a swollen red toe, high urate </think> <answer> B </answer>", "<think> gout </think> <answer> B </answer>", "<think> a wheeze </think> <answer> A </answer>", "It is B."):
         found = grade(item, text, config, n_tokens=16)

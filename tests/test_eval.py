@@ -120,6 +120,13 @@ def test_another_data_set_does_not_inherit_the_runs_task():
     assert evaluation.settings(args, run, "bccd").task == evaluation.settings(args, run).task == "classify"
 
 
+def test_a_model_alone_is_evaluated_with_trainings_own_defaults():
+    found = evaluation.settings(evaluation.parser().parse_args(["MODEL"]), {})
+    assert isinstance(found, train.Config)
+    changed = set(asdict(found).items()) - set(asdict(train.Config()).items())
+    assert changed == {("dataset", "medqa"), ("max_prompt", 2048)}
+
+
 def test_another_seed_draws_other_samples_of_the_same_options():
     config = train.make_config({"shuffle_options": True, "seed": 3})
     orders = [evaluation.load_items(evaluation.settings(argparse.Namespace(seed=seed), asdict(config)), "dev", None) for seed in (None, 7)]

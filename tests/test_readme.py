@@ -34,20 +34,33 @@ def apply(diff: str, folder: Path) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def python(folder: Path, command: str) -> str:
+    """What the command prints, run in that folder on one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command.split()], cwd=folder, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what, flags, diff", DIFFS, ids=[what for what, _, _ in DIFFS])
-def test_a_fork_trains(what, flags, diff, tmp_path):
+def test_a_fork_trains_is_evaluated_and_keeps_its_examples(what, flags, diff, tmp_path):
     assert len(DIFFS) == 3
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     apply(diff, tmp_path)
     demo.demo_policy(0).save_folder(tmp_path / "model")
-    small = "--template plain --full --steps 2 --prompts 2 --samples 4 --max-new 8 --eval-limit 2 --eval-every 0 --out run"
-    command = f"train.py {flags.replace(' --model DIR', '')} --model model {small}".split()
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    flags = flags.replace(" --model DIR", "")
+    small = "--template plain --full --steps 2 --prompts 2 --samples 4 --max-new 8 --eval-limit 2"
+    python(tmp_path, f"train.py {flags} --model model {small} --eval-every 0 --out run")
+    dataset = "doses" if what == "A data set" else "demo"
+    assert f"| {dataset} test |" in python(
+        tmp_path, f"eval.py model --dataset {dataset} --limit 2 --max-new 8")
+    assert "doctest lines hold" in python(tmp_path, "rewards.py")
     run = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["config"]
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open(encoding="utf-8")]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines]
     assert len(metrics) == 2 and all(m["skipped"] == 0 for m in metrics)
     expected = {"--w-suggest": ("w_suggest", .5), "--dataset": ("dataset", "doses"), "--algo": ("ratio", "cispo")}[flags.split()[0]]
     assert run[expected[0]] == expected[1]
