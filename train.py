@@ -76,24 +76,53 @@ ALGOS = {
     "sft": dict(samples=1, weights="token", temperature=1.0),                                 # cross-entropy on the completion only
 }
 
-# A recipe is a whole published setting. Flags beat it; it beats the data set's defaults.
+# A recipe is a whole published setting; flags beat it, and it beats the data set's defaults.
+# "task": what is learned from what: data, model, prompt, lengths, reward. It stays with any --algo.
+# "algorithm": what the paper chose for its own algorithm. With another --algo it is left out, so
+# that the other's row holds: GSPO keeps its clips, SFT its one completion an item. The size of a
+# rollout belongs here (1,024 prompts of one sample each are PPO's, a group needs several samples),
+# and with it the number of steps, the learning rates and their schedule, which fit that size only.
 RECIPES = {
-    # Med-RLVR (arXiv 2502.19655) gives the task, model, algorithm and reward. Its numbers are not public: those of OpenRLHF, which it used, as they stood
-    # that week (commit 2734223, train_ppo_ray.py) fill the gaps. Rollouts there are 1,024 prompts with one sample each, trained in batches of 128.
-    "med-rlvr": dict(dataset="medqa", model="Qwen/Qwen2.5-3B", algo="ppo", reward="med-rlvr", strict=False,            # the paper
-                     gamma=1.0, lam=0.95, clip_low=0.2, clip_high=0.2, value_clip=0.2, kl="k1", kl_coef=0.01,         # OpenRLHF
-                     samples=1, prompts=1024, minibatches=8, updates=1, temperature=1.0, max_prompt=1024, max_new=1024,   # OpenRLHF
-                     max_grad_norm=1.0, weight_decay=0.0, beta2=0.95,                                                 # OpenRLHF
-                     lr=1e-5, value_lr=9e-5,            # our choice: 10 times OpenRLHF's 1e-6 and 9e-6, which are for all weights; these are for adapters
-                     critic="lora", critic_warmup=2,    # our choice: OpenRLHF has a separate full critic (see the README on memory)
-                     template="plain", warmup=5, steps=100),                                           # our choice
-    # VRFT-Aug (arXiv 2602.10619) trains Qwen2.5-VL-3B by GRPO; nothing else about its numbers is public. Those of Visual-RFT, VLM-R1 and MedLoc-R1 fill the
-    # gaps. The data set is our choice, and so are learning rate, steps and lengths, which stand in the data set's defaults. v-rft is the paper's baseline.
-    "v-rft": dict(dataset="retinamnist", algo="grpo", reward="acc-format", w_format=1.0, samples=8, kl_coef=0.04, clip_low=0.2, clip_high=0.2, temperature=1.0),
+    # Med-RLVR (arXiv 2502.19655) gives the task, model, algorithm and reward. Its numbers are not
+    # public: those of OpenRLHF, which it used, as they stood that week (commit 2734223,
+    # train_ppo_ray.py) fill the gaps. Rollouts there are 1,024 prompts with one sample each,
+    # trained in batches of 128.
+    "med-rlvr": {
+        "task": dict(
+            dataset="medqa", model="Qwen/Qwen2.5-3B", reward="med-rlvr", strict=False,  # the paper
+            max_prompt=1024, max_new=1024,  # OpenRLHF
+            template="plain",  # our choice, and with it the stop at </answer>
+        ),
+        "algorithm": dict(
+            algo="ppo",  # the paper
+            gamma=1.0, lam=0.95, clip_low=0.2, clip_high=0.2, value_clip=0.2,  # OpenRLHF
+            kl="k1", kl_coef=0.01,  # OpenRLHF
+            samples=1, prompts=1024, minibatches=8, updates=1, temperature=1.0,  # OpenRLHF
+            max_grad_norm=1.0, weight_decay=0.0, beta2=0.95,  # OpenRLHF
+            # Our choice: 10 times OpenRLHF's 1e-6 and 9e-6. Those are for all weights, these for
+            # adapters.
+            lr=1e-5, value_lr=9e-5,
+            # Our choice: OpenRLHF has a separate full critic (see the README on memory).
+            critic="lora", critic_warmup=2,
+            warmup=5, steps=100,  # our choice
+        ),
+    },
+    # VRFT-Aug (arXiv 2602.10619) trains Qwen2.5-VL-3B by GRPO; nothing else about its numbers is
+    # public. Those of Visual-RFT, VLM-R1 and MedLoc-R1 fill the gaps. The data set is our choice,
+    # and so are learning rate, steps and lengths, which stand in the data set's defaults. v-rft is
+    # the paper's baseline.
+    "v-rft": {
+        "task": dict(dataset="retinamnist", reward="acc-format", w_format=1.0),
+        "algorithm": dict(
+            algo="grpo", samples=8, kl_coef=0.04, clip_low=0.2, clip_high=0.2, temperature=1.0
+        ),
+    },
 }
-# Of its four augmentations three are flags; the fourth, boxes first, is a run of its own before: --recipe v-rft --task localize, then --init. -0.5: our choice,
-# with the sign that generalised better in the paper.
-RECIPES["vrft-aug"] = RECIPES["v-rft"] | dict(knowledge="class", reward="fuzzy", fuzzy="tenth", recite=-0.5)
+# Of its four augmentations three are flags; the fourth, boxes first, is a run of its own before:
+# --recipe v-rft --task localize, then --init. -0.5: our choice, with the sign that generalised
+# better in the paper.
+AUGMENTED = dict(knowledge="class", reward="fuzzy", fuzzy="tenth", recite=-0.5)
+RECIPES["vrft-aug"] = RECIPES["v-rft"] | {"task": RECIPES["v-rft"]["task"] | AUGMENTED}
 
 
 NON_FINITE = 5                                          # steps in a row without a finite update after which a run is stopped
@@ -616,15 +645,20 @@ def read_flags(argv: list[str] | None) -> tuple[dict, Path | None]:
 
 def make_config(given: dict) -> Config:
     """The algorithm's row, then the data set's defaults, then the recipe, then the flags."""
-    recipe = RECIPES.get(given.pop("recipe", ""), {})
-    named = recipe | given
-    dataset, algo = named.get("dataset", Config.dataset), named.get("algo", Config.algo)
+    recipe = RECIPES.get(given.pop("recipe", ""), {"task": {}, "algorithm": {}})
+    dataset = given.get("dataset", recipe["task"].get("dataset", Config.dataset))
+    own_algo = recipe["algorithm"].get("algo", Config.algo)
+    algo = given.get("algo", own_algo)
+    published = recipe["task"] | (recipe["algorithm"] if algo == own_algo else {})
     demo = DEMO_ALGOS.get(algo, {}) if dataset in ("demo", "demo-images") else {}
-    family = dataset.partition("-")[0] if images.is_medmnist(dataset) else dataset                # retinamnist-28: the settings of retinamnist
-    defaults = {name: value for name, value in DEFAULTS.get(family, {}).items() if not (algo == "sft" and name == "samples")}
-    if named.get("hackable"):
+    # retinamnist-28: the settings of retinamnist
+    family = dataset.partition("-")[0] if images.is_medmnist(dataset) else dataset
+    defaults = dict(DEFAULTS.get(family, {}))
+    if algo == "sft":
+        defaults.pop("samples", None)
+    if given.get("hackable"):
         demo = demo | dict(max_new=40, steps=60)
-    return Config(**(ALGOS[algo] | defaults | demo | recipe | given))
+    return Config(**(ALGOS[algo] | defaults | demo | published | given))
 
 
 def resumed_config(run: Path, given: dict) -> Config:

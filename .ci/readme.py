@@ -25,6 +25,8 @@ TEXT = f"{FEW} --template plain --data-dir SHARED --model TEXT"
 SIGHT = f"{FEW} --model tiny-vl --eval-every 1"
 RULES = [                               # (what a command looks like, the flags added to it); the first that fits
     (r"^python train\.py$", ""),
+    (r"train\.py --recipe med-rlvr --algo sft", f"{TEXT} --samples 1 --max-prompt 4096"),
+    (r"train\.py --recipe v-rft --algo sft", f"{SIGHT} --samples 1 --data-dir MEDMNIST"),
     (r"train\.py --recipe med-rlvr", f"{TEXT} --samples 1 --minibatches 2 --max-prompt 4096 --out runs/medqa-ppo-1"),
     (r"train\.py --dataset medqa", f"{TEXT} --max-prompt 4096"),
     (r"train\.py --resume runs/medqa-grpo-1|train\.py --resume RUN --export", ""),

@@ -77,6 +77,39 @@ def test_recipes():
     assert demo.model == "" and demo.full and demo.recite == -.5             # the recipe's rewards with the demo's sizes
 
 
+def of_row(config, algo):
+    """The settings of a configuration that the algorithm's row names."""
+    return {name: getattr(config, name) for name in train.ALGOS[algo]}
+
+
+@pytest.mark.parametrize("recipe", ["v-rft", "vrft-aug", "med-rlvr"])
+@pytest.mark.parametrize("algo", list(train.ALGOS))
+def test_a_recipe_with_another_algorithm_keeps_that_algorithms_settings(recipe, algo):
+    own = train.make_config({"recipe": recipe})
+    config = train.make_config({"recipe": recipe, "algo": algo})
+    train.validate(config)
+    if algo == own.algo:
+        assert config == own
+        return
+    assert of_row(config, algo) == train.ALGOS[algo]
+    stays = ("dataset", "model", "reward", "w_format", "fuzzy", "recite", "knowledge", "template",
+             "max_new", "max_prompt")
+    assert [getattr(config, name) for name in stays] == [getattr(own, name) for name in stays]
+
+
+def test_the_papers_baselines_and_other_algorithms_by_hand():
+    gspo = train.make_config({"recipe": "v-rft", "algo": "gspo"})
+    assert (gspo.clip_low, gspo.clip_high, gspo.kl_coef) == (3e-4, 4e-4, 0)
+    dapo = train.make_config({"recipe": "v-rft", "algo": "dapo"})
+    assert (dapo.clip_low, dapo.clip_high, dapo.kl_coef, dapo.reward) == (.2, .28, 0, "acc-format")
+    sft = train.make_config({"recipe": "med-rlvr", "algo": "sft"})
+    assert (sft.dataset, sft.samples, sft.prompts, sft.steps) == ("medqa", 1, 16, 300)
+    assert (sft.max_new, sft.kl, sft.advantage) == (1024, "k3", "group")
+    assert train.make_config({"recipe": "v-rft", "algo": "sft"}).samples == 1
+    beaten = train.make_config({"recipe": "v-rft", "algo": "gspo", "clip_high": .1})
+    assert beaten.clip_high == .1                                             # a flag beats all
+
+
 @pytest.fixture(scope="module")
 def retina(tmp_path_factory):
     """A file of RetinaMNIST's schema, with other pixels."""
