@@ -176,8 +176,15 @@ class Config:
     overlong_share: float = setting(0.2, "last share of max_new over which it rises to 1")
     # the optimiser
     steps: int = setting(300, "training steps")
-    lr: float = setting(1e-5, "learning rate of AdamW, constant after the warm-up")
-    warmup: int = setting(10, "steps of linear warm-up")
+    lr: float = setting(1e-5, "learning rate of AdamW after the warm-up")
+    warmup: float = setting(
+        10.0, "steps of linear warm-up; below 1: that share of --steps, rounded up"
+    )
+    schedule: str = setting(
+        "constant",
+        "the rate after the warm-up: constant, or a cosine to a tenth at the last step",
+        ("constant", "cosine"),
+    )
     beta2: float = setting(0.95, "AdamW's second beta (OpenRLHF)")
     weight_decay: float = setting(0.0, "AdamW's")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")

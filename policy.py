@@ -345,6 +345,7 @@ class Policy:
         self.critic, self.value_head = critic, None
         if critic:
             self.value_head = nn.Linear(model.config.get_text_config(decoder=True).hidden_size, 1, device=model.device)     # fp32
+            # Our choice: all values begin at 0. OpenRLHF has N(0, std 1 / (h + 1)) and no bias.
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         if init is not None:

@@ -104,7 +104,8 @@ RECIPES = {
             lr=1e-5, value_lr=9e-5,
             # Our choice: OpenRLHF has a separate full critic (see the README on memory).
             critic="lora", critic_warmup=2,
-            warmup=5, steps=100,  # our choice
+            schedule="cosine", warmup=0.03,  # OpenRLHF: over 3% of the steps
+            steps=100,  # our choice
         ),
     },
     # VRFT-Aug (arXiv 2602.10619) trains Qwen2.5-VL-3B by GRPO; nothing else about its numbers is
@@ -149,7 +150,7 @@ def train(config: Config, run: Path, policy: Policy, splits: dict, stopping: lis
         rollouts, counts = (demonstrations if config.algo == "sft" else collect)(policy, splits["train"], config, step)       # sample and grade
         sampled = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * min(1.0, (step + 1) / max(1, config.warmup))
+            group["lr"] = learning_rate(step, config, group["base_lr"])
         metrics = {"step": step + 1, **counts, **describe(rollouts)}
         if rollouts:
             if config.advantage == "group":
@@ -530,6 +531,27 @@ def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
 
 
+def learning_rate(step: int, config: Config, peak: float) -> float:
+    """The rate of step 0, 1, ..., S - 1: the policy's for peak = lr, the critic's for value_lr.
+
+    With s = step + 1, W steps of warm-up and S = config.steps:
+        s < W:            peak s / W
+        then, constant:   peak
+        then, cosine:     peak (0.1 + 0.9 (1 + cos(pi (s - W) / (S - W))) / 2)
+    The cosine is OpenRLHF's cosine_with_min_lr, whose s counts from 0: there the first step of a
+    warm-up moves nothing. OpenRLHF counts optimiser steps, here a step is a rollout.
+    """
+    s, S, W = step + 1, config.steps, config.warmup
+    if W < 1:
+        W = math.ceil(W * S)
+    if s < W:
+        return peak * s / W
+    if config.schedule == "constant":
+        return peak
+    progress = (s - W) / max(1, S - W)
+    return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+
+
 def fold(*parts) -> int:
     """Any parts -> a 64-bit seed, the same on every machine."""
     return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
@@ -626,7 +648,8 @@ def read_flags(argv: list[str] | None) -> tuple[dict, Path | None]:
     p.add_argument("--recipe", choices=tuple(RECIPES), default=argparse.SUPPRESS, help="a published setting; flags beat it")
     p.add_argument("--export", metavar="DIR", default=argparse.SUPPRESS, help="at the end, write the trained model as a plain Hugging Face folder; with --resume also of a run that is done")
     p.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS, help="only check everything, print the memory table and run the longest batch; nothing is written")
-    p.add_argument("--resume", metavar="RUN", help="go on with a run where its newest checkpoint stands; of the flags only --steps and --device may change")
+    p.add_argument("--resume", metavar="RUN", help="go on with a run where its newest checkpoint stands; of the flags only --steps (with a constant "
+                   "learning rate) and --device may change")
     for f in fields(Config):
         options = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {"type": type(f.default), "choices": f.metadata["choices"]}
         p.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options,
@@ -676,6 +699,12 @@ def resumed_config(run: Path, given: dict) -> Config:
     done = runs.newest_checkpoint(run)
     if done and given.get("steps", saved["steps"]) < int(done.name):
         raise UsageError(f"--resume {run}: --steps {given['steps']}, and that run stands at step {int(done.name)} already")
+    depends = saved["schedule"] == "cosine" or 0 < saved["warmup"] < 1
+    if depends and given.get("steps", saved["steps"]) != saved["steps"]:
+        raise UsageError(f"--resume {run}: its learning rates were laid out over its --steps "
+                         f"{saved['steps']} (--schedule {saved['schedule']}, --warmup "
+                         f"{saved['warmup']}): leave --steps out, or begin a new run with "
+                         f"--init {run}")
     return Config(**(saved | given | {"out": str(run)}))
 
 

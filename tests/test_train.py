@@ -255,6 +255,54 @@ def test_gradients_are_clipped_and_logged_before(model_dir):
     assert float(recorder.seen[0].norm()) == pytest.approx(1e-3, rel=1e-3) and metrics["policy_grad_norm"] > 1e-2
 
 
+def rates(**settings) -> list[float]:
+    config = train.Config(**settings)
+    return [train.learning_rate(step, config, 1.0) for step in range(config.steps)]
+
+
+def test_the_learning_rate_by_hand():
+    assert rates(steps=4, warmup=2) == [.5, 1, 1, 1]
+    assert rates(steps=2, warmup=0) == [1, 1]
+    assert rates(steps=100, warmup=.03)[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    # .1 + .9 (1 + cos(pi k / 4)) / 2 for k = 1, 2, 3, 4
+    falls = [.1 + .45 * (1 + .5 ** .5), .55, .1 + .45 * (1 - .5 ** .5), .1]
+    assert rates(steps=6, warmup=2, schedule="cosine") == pytest.approx([.5, 1, *falls])
+
+
+@pytest.mark.parametrize("steps, warmup", [(100, 3), (10, 0), (7, 7)])
+def test_the_cosine_is_transformers(steps, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = transformers.get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, warmup, steps, min_lr_rate=.1)
+    theirs = []
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step()                                                      # its first step would be at 0
+        theirs += scheduler.get_last_lr()
+    assert rates(steps=steps, warmup=warmup, schedule="cosine") == pytest.approx(theirs)
+
+
+def test_the_recipe_warms_up_over_3_percent_of_its_steps_then_falls_to_a_tenth():
+    config = train.make_config({"recipe": "med-rlvr", "steps": 200})
+    found = [train.learning_rate(step, config, config.lr) for step in (0, 5, 199)]
+    assert found == pytest.approx([1e-5 / 6, 1e-5, 1e-6])
+
+
+def test_the_rate_in_use_is_logged_and_a_falling_one_keeps_its_steps(model_dir, tmp_path):
+    flags = ["--lr", "0.01", "--warmup", "0", "--schedule", "cosine", "--steps", "4"]
+    out = run(model_dir, tmp_path / "run", *flags)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    falls = [.1 + .45 * (1 + .5 ** .5), .55, .1 + .45 * (1 - .5 ** .5), .1]   # as above
+    assert [json.loads(line)["lr"] for line in lines] == pytest.approx([.01 * x for x in falls])
+    with pytest.raises(UsageError, match="--steps 4 .--schedule cosine") as error:
+        train.main(["--resume", str(out), "--steps", "6"])
+    assert "\n" not in str(error.value)
+    train.main(["--resume", str(out), "--steps", "4"])                        # the same number is no change
+    share = run(model_dir, tmp_path / "share", "--warmup", "0.5", "--steps", "2")
+    with pytest.raises(UsageError, match="--steps 2 .*--warmup 0.5"):
+        train.main(["--resume", str(share), "--steps", "3"])
+
+
 def test_dapo_drops_equal_groups_refills_and_counts(model_dir, capsys):
     policy = policies.Policy.load(model_dir, lora=0)
     config = replace(CONFIG, dynamic=True, refills=2, prompts=6)
