@@ -1,11 +1,12 @@
 """Does a change of the code keep its behaviour? Records short runs, and compares two recordings.
 
-    python benchmarks/golden.py record OLD                      # with the code before the change
-    python benchmarks/golden.py record NEW --models OLD         # after it, from the same model folders
+    python benchmarks/golden.py record OLD                  # with the code before the change
+    python benchmarks/golden.py record NEW --models OLD     # after it, from the same model folders
     python benchmarks/golden.py compare OLD NEW
 
-Each run is three steps on one thread, and everything is computed in float64: what differs then differs by more than rounding. Completions must be equal,
-weights may differ by a millionth of the way they moved, metrics by as much of their value.
+Each run is three steps on one thread, computed in float64: what differs then differs by more than
+rounding. Completions must be equal, weights may differ by a millionth of the way they moved, and
+metrics by as much of their value.
 """
 
 import argparse
@@ -51,7 +52,7 @@ SIZES = "--steps 3 --warmup 2 --eval-every 2 --eval-limit 5 --eval-samples 1 --l
 
 
 def graded_by_hash(grade):
-    """A random policy earns -1 everywhere: instead a reward in {0, 1, 2} that depends on the text."""
+    """A random policy earns -1 everywhere: instead 0, 1 or 2, which depends on the text."""
 
     def by_hash(*args, **kwargs):
         found = grade(*args, **kwargs)
@@ -70,11 +71,12 @@ def in_float64() -> None:
 
     Policy.load = classmethod(load_wide)
     torch.Tensor.float = torch.Tensor.double
+    torch.float32 = torch.float64
     torch.set_default_dtype(torch.float64)
 
 
 def make_models(folder: Path) -> None:
-    """Random models as folders; logits widened, since at the start all tokens would be as likely."""
+    """Random models as folders; logits widened, since at first all tokens would be as likely."""
     if hasattr(train, "demo"):
         from demo import demo_policy, tiny_vl_policy
     else:
@@ -104,7 +106,7 @@ def rows(path: Path) -> list[dict]:
 
 
 def movement(weights: dict, start: dict) -> float:
-    """The largest change of a weight. Adapters' B and the value head start at 0; their A is drawn."""
+    """The largest change of a weight. Adapters' B and the value head start at 0, A is drawn."""
     started_at_0 = (name for name in weights if ".B." in name or name.startswith("value_head"))
     start = start | dict.fromkeys(started_at_0, 0.0)
     return max(
