@@ -353,20 +353,41 @@ def seen_in_training(items: list[Item], run: dict) -> int | None:
     return len(items) - len(data.without(items, data.without(train, dev + test)[:run["limit"] or None]))
 
 
+def trained_as(name: str, models: list[str]) -> dict:
+    """The settings a run was trained with; for a model those of the first run beside it, else {}.
+
+    A base model and what was made of it are compared only where both get the same prompt, stop and
+    limit, and are graded alike.
+    """
+    return runs.read_run(name) or next(filter(None, map(runs.read_run, models)), {})
+
+
+def opened(name: str, args, trained: dict):
+    """The policy, with the template, the stop and the image size that `settings` gives."""
+    config = settings(args, trained)
+    how = {key: getattr(config, key) for key in ("template", "stop_answer", "max_pixels")}
+    return runs.open_policy(name, policies.pick_device(args.device), **how)
+
+
 def evaluate_model(name: str, args) -> list[tuple[dict, list]]:
     """One model on every data set and in every style asked for -> (result, greedy rollouts) of each."""
-    kwargs = {key: value for key in ("template", "stop_answer", "max_pixels") if (value := getattr(args, key))}
-    policy, run = runs.open_policy(name, policies.pick_device(args.device), **kwargs)
+    trained = trained_as(name, args.models)
+    policy, run = opened(name, args, trained)
+    if trained and not run:
+        lender = next(filter(runs.read_run, args.models))
+        ranks.say(f"{name} is evaluated with the settings of {lender}, which flags beat")
     found = []
     for dataset in args.dataset or [None]:
         for style in args.style or [None]:
-            config = settings(args, run, dataset, style)
+            config = settings(args, trained, dataset, style)
             items = fitting(policy, load_items(config, args.split, args.limit), config)
             label = f"{Path(name).name} {config.dataset} {config.style} "
             seed = config.seed if args.seed is None else args.seed
             result, rollouts = evaluate(policy, items, config, samples=args.samples, seed=seed, label=label)
             greedy = rollouts[:len(items)]
-            result |= {"model": name, "dataset": config.dataset, "split": args.split, "style": config.style}
+            result |= {"model": name, "dataset": config.dataset, "split": args.split,
+                       "style": config.style, "template": "chat" if policy.chat else "plain",
+                       "stop_answer": policy.stop_answer, "max_new": config.max_new}
             if all(item.task != "localize" for item in items):
                 result["letters"] = letters(greedy)
             if run:
@@ -406,9 +427,17 @@ def compare(a: tuple[dict, list], b: tuple[dict, list]) -> dict:
             "difference_ci95": list(bootstrap(difference)), "mcnemar_p": mcnemar(difference.count(-1), difference.count(1))}
 
 
+def asked_how(result: dict) -> str:
+    """Template, stop rule and limit of new tokens, as in force: "plain, at </answer>, 512"."""
+    stop = "at </answer>" if result["stop_answer"] else "at the end token"
+    return f"{result['template']}, {stop}, {result['max_new']}"
+
+
 def table(results: list[dict]) -> str:
     """Markdown, a row a model, data set and style."""
-    columns = [("model", lambda r: Path(r["model"]).name), ("data", lambda r: f"{r['dataset']} {r['split']}"), ("prompt", lambda r: r["style"]), ("n", lambda r: r["n"]),
+    columns = [("model", lambda r: Path(r["model"]).name),
+               ("data", lambda r: f"{r['dataset']} {r['split']}"), ("prompt", lambda r: r["style"]),
+               ("template, stop, limit", asked_how), ("n", lambda r: r["n"]),
                ("greedy", lambda r: f"{r['accuracy']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}]")]
     if any("samples" in r for r in results):
         columns += [("sampled", lambda r: f"{r['sampled_accuracy']:.3f} [{r['sampled_ci95'][0]:.3f}, {r['sampled_ci95'][1]:.3f}]"),
@@ -433,7 +462,10 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     p = Parser(prog="eval.py", description="Accuracy of models and runs, side by side; or an answer to one question.")
-    p.add_argument("models", nargs="+", metavar="MODEL_OR_RUN", help="a run folder of train.py, a Hugging Face folder, or a hub name; each is compared with the first")
+    p.add_argument("models", nargs="+", metavar="MODEL_OR_RUN",
+                   help="a run folder of train.py, a Hugging Face folder, or a hub name; each is "
+                   "compared with the first. A model beside a run is evaluated with the first "
+                   "run's settings; flags beat them")
     p.add_argument("--dataset", nargs="+", help=f"{data.OFFERED}, or a JSONL path "
                    "(default: the run's, else medqa)")
     p.add_argument("--data-dir", help="folder that holds the published files, instead of the hub")
@@ -483,15 +515,18 @@ def main(argv: list[str] | None = None) -> None:
         if Path(name).is_dir() and not runs.read_run(name) and not (Path(name) / "config.json").is_file():
             raise UsageError(f"{name}: neither a run folder (no run.json) nor a Hugging Face folder (no config.json)")
     if args.ask:
-        policy, run = runs.open_policy(args.models[0], policies.pick_device(args.device), **{k: v for k in ("template", "stop_answer") if (v := getattr(args, k))})
+        trained = trained_as(args.models[0], args.models)
+        policy, _ = opened(args.models[0], args, trained)
         unknown = policy.tokenizer.unk_token_id
         if unknown is not None and (n := policy.tokenizer(args.ask).input_ids.count(unknown)):
             print(f"eval.py: {n} words of the question are unknown to this model, and it sees none of them", file=sys.stderr)
-        print(answer(policy, [Item("ask", "choice", args.ask, (), "")], settings(args, run, style=(args.style or [None])[0]))[0].text.strip())
+        config = settings(args, trained, style=(args.style or [None])[0])
+        print(answer(policy, [Item("ask", "choice", args.ask, (), "")], config)[0].text.strip())
         return
     for name in args.models:                                                  # data first: a wrong name is answered before any model is loaded
         for dataset in args.dataset or [None]:
-            load_items(settings(args, runs.read_run(name), dataset), args.split, args.limit)
+            config = settings(args, trained_as(name, args.models), dataset)
+            load_items(config, args.split, args.limit)
     found = [evaluate_model(name, args) for name in args.models]
     if ranks.rank():
         return

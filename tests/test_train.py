@@ -87,6 +87,31 @@ def test_eval_of_a_run_repeats_its_own_numbers(model_dir, tmp_path):
     assert len(rows) == 24 and sum(row["correct"] for row in rows if row["greedy"]) / 12 == result["accuracy"]
 
 
+def test_a_model_beside_a_run_is_evaluated_as_before_training(model_dir, tmp_path, capsys):
+    """The tokenizer has a chat template, so alone the model would be asked by that."""
+    settings = ["--template", "plain", "--max-new", "9", "--reward", "acc-format", "--steps", "1",
+                "--eval-samples", "0"]
+    out = run(model_dir, tmp_path / "run", *settings)
+    other = run(model_dir, tmp_path / "other", *settings, "--max-new", "7")
+    before = json.loads((out / "eval.json").read_text())["before"]
+
+    def evaluated(*arguments):
+        written = tmp_path / "e.json"
+        evaluation.main([*map(str, arguments), "--limit", "12", "--json", str(written)])
+        results = json.loads(written.read_text())["results"]
+        return {result["model"]: result for result in results}, capsys.readouterr()
+    for models in ((model_dir, out, other), (out, model_dir)):
+        results, shown = evaluated(*models)
+        base = results[model_dir]
+        assert {name: base[name] for name in before} == before
+        assert (base["dataset"], base["template"], base["stop_answer"], base["max_new"]) == \
+            ("demo", "plain", True, 9)
+        assert shown.out.count("| plain, at </answer>, 9 |") == 2
+        assert f"{model_dir} is evaluated with the settings of {out}" in shown.err
+    _, shown = evaluated(out, model_dir, "--max-new", "5", "--template", "chat")
+    assert shown.out.count("| chat, at the end token, 5 |") == 2
+
+
 def test_batching_changes_no_evaluation(model_dir):
     policy = policies.Policy.load(model_dir, lora=0)
     config, items = replace(train.Config(), **train.DEFAULTS["demo"]), data.load("demo", "test")[:20]
