@@ -7,16 +7,15 @@ Whatever a policy can write it will some day write, so an answer is matched whol
 """
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from config import Config
-from data import LETTERS, says_something, to_image
+from data import says_something, to_image
+from support.text import LETTERS, TAGS, folded, normal
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 SIGNS = "[]+-"  # what an answer may consist of beside letters and digits: no boxes, the grade ++
 
 
@@ -77,27 +76,8 @@ def is_strict(text: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- answer -> option
-_WRAPPERS = [("**", "**"), ("*", "*"), ("__", "__"), ("_", "_"), ("`", "`"), ("$", "$"), ('"', '"'), ("'", "'"), ("“", "”"),
-             (r"\boxed{", "}"), (r"\text{", "}"), (r"\textbf{", "}"), (r"\mathrm{", "}"), (r"\mathbf{", "}"), (r"\(", r"\)")]
 _LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?")
 _LETTER_AND_TEXT = re.compile(r"[(\[]?([A-Za-z])(?:[)\]][.:,]?|[.:,]|\s[-–—]\s)\s*(.+)")
-
-
-def normal(text: str) -> str:
-    """White space folded, markdown and LaTeX wrappers and a final full stop removed; digits, signs, %, < and > stay.
-
-    >>> normal(r" $\\boxed{\\text{B}}$ "), normal("**Heparin,  low dose.**"), normal("-5 %"), normal("<5")
-    ('B', 'Heparin, low dose', '-5 %', '<5')
-    """
-    text = unicodedata.normalize("NFC", " ".join(text.split())).replace("**", "")
-    while True:
-        peeled = text.strip().removesuffix(".")
-        for left, right in _WRAPPERS:
-            if len(peeled) > len(left) + len(right) and peeled.startswith(left) and peeled.endswith(right):
-                peeled = peeled[len(left):-len(right)]
-        if peeled == text:
-            return text
-        text = peeled
 
 
 def hopeless(answer: str | None, options: tuple[str, ...]) -> bool:
@@ -136,18 +116,6 @@ def match_option(answer: str | None, options: tuple[str, ...]) -> str:
         if normal(both[2]).casefold() == named.casefold():
             return both[1].upper()
     return ""
-
-
-_JOINER = re.compile(r"(?<=[^\W_])[-_\u2010\u2011]+(?=[^\W_])")   # inside a word: the sign of "-1" stays
-
-
-def folded(text: str) -> str:
-    """`normal`, case folded, hyphens and underscores inside words as spaces: labels come as "basal-cell_carcinoma" too.
-
-    >>> folded("**Basal-cell_carcinoma.**"), folded("-1")
-    ('basal cell carcinoma', '-1')
-    """
-    return _JOINER.sub(" ", normal(text)).casefold()
 
 
 def named(item, answer: str | None) -> tuple[str, ...]:
