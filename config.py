@@ -27,11 +27,7 @@ class Config:
         "where a data set offers several: localize, classify or grade; empty = its own",
         ("", "classify", "grade", "localize"),
     )
-    target: str = setting("", "bccd: which cells to find: WBC (empty), RBC or Platelets")
     shots: int = setting(0, "train on N items of each class, drawn by the seed; 0 = all")
-    balanced: bool = setting(
-        False, "train on every class equally often, repeating the items of rarer ones"
-    )
     limit: int = setting(0, "train on the first N items only; 0 = all")
     eval_limit: int = setting(0, "evaluate on the first N items of dev and of test only; 0 = all")
     shuffle_options: bool = setting(

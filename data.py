@@ -1,51 +1,60 @@
 """Data sets as lists of `Item`s, the prompts made of them, and which items each training step sees.
 
-Read it with Med-RLVR (arXiv 2502.19655), section 4.1: MedQA-USMLE with five options for training, questions and answer letters only.
-Everything is a pure function of files and seeds: `batch_for_step` has no cursor, so a resumed run needs none.
-A line of your own data that cannot be used is refused by file and line; a published set is taken as it is, and its oddities are counted.
+Read it with Med-RLVR (arXiv 2502.19655), section 4.1: MedQA-USMLE with five options for training,
+questions and answer letters only. A data set is a row of `LOADERS`. Everything is a pure function
+of files and seeds: `batch_for_step` has no cursor, so a resumed run needs none.
 """
+
 import hashlib
-import io
-import json
 import random
-import sys
-import urllib.error
-import urllib.request
-import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
+from support import demo_task, image_sets, jsonl, pictures, text_sets
 from support.errors import UsageError
+from support.text import LETTERS, flat, says_something
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SPLITS = ("train", "dev", "test")
-DATASETS = ("demo", "demo-images", "medqa", "medqa-4", "mmlu-pro-health", "bccd")
-OFFERED = f"{', '.join(DATASETS)}, the MedMNIST sets (retinamnist, retinamnist-28, ...)"  # for help
-MAX_LINE = 1_000_000                    # characters in one line of JSONL: a longer one is no exam question
+INSTRUCTION = "Answer the medical question."
 
 
 @dataclass(frozen=True)
 class Item:
+    """A question with its gold answer.
+
+    task      options                          answer
+    choice    texts in the order A, B, C, ...  the gold letter
+    classify  the names of a closed set        one of them
+    grade     grades, lowest first             one of them
+    localize  ()                               ((x1, y1, x2, y2), ...), half-open, in pixels of the
+                                               original image
+    """
+
     id: str
-    task: str                           # "choice", "classify" (a closed set of names), "grade" (an ordered one) or "localize" (boxes)
+    task: str
     question: str
-    options: tuple[str, ...]            # choice: their texts in the order A, B, C, ...; classify: the names; grade: the grades, lowest first; localize: ()
-    answer: str | tuple                 # the gold letter, name or grade; localize: ((x1, y1, x2, y2), ...), half-open, in pixels of the original image
-    image: object = None                # None, or one source or a tuple of them: a path, uint8 array [H, W] or [H, W, 3], PIL image, or images.Crop
-    frame: tuple[int, int, int, int] | None = None     # boxes in prompt and completion refer to a width x height (the first two) that stands for the original one (the last two)
-    patient: str = ""                   # where known: no patient stands in two splits
+    options: tuple[str, ...]
+    answer: str | tuple
+    # None, or one source or a tuple of them: a path, uint8 array [H, W] or [H, W, 3], Pillow image,
+    # or pictures.Crop
+    image: object = None
+    # (w, h, W, H): boxes in prompt and completion refer to w x h pixels, which stand for the
+    # W x H of the original image
+    frame: tuple[int, int, int, int] | None = None
+    patient: str = ""  # where known: no patient stands in two splits
     # For the prompt (VRFT-Aug): a text about the task, then one about each class.
     knowledge: tuple[str, ...] = ()
-    rationale: str = ""                 # why the answer is right, for supervised fine-tuning
+    rationale: str = ""  # why the answer is right, for supervised fine-tuning
+    instruction: str = INSTRUCTION  # the prompt's first sentence
 
 
 def to_image(box, frame) -> tuple[float, ...]:
-    """A box in the frame that the model sees -> pixels of the original image. frame = (its width, its height, image width, image height) or None.
+    """A box in the frame that the model sees -> pixels of the original image.
 
-    >>> to_image((10, 10, 20, 30), (100, 50, 200, 200)), to_frame((20, 40, 40, 120), (100, 50, 200, 200))
-    ((20.0, 40.0, 40.0, 120.0), (10, 10, 20, 30))
+    >>> to_image((10, 10, 20, 30), (100, 50, 200, 200))
+    (20.0, 40.0, 40.0, 120.0)
     """
     width, height, image_width, image_height = frame or (1, 1, 1, 1)
     x, y = image_width / width, image_height / height
@@ -53,46 +62,167 @@ def to_image(box, frame) -> tuple[float, ...]:
 
 
 def to_frame(box, frame) -> tuple[int, ...]:
-    """The inverse of `to_image`, rounded, at least one wide and high: how supervised answers write a box."""
+    """The inverse of `to_image`, rounded, at least one wide and high: as completions write a box.
+
+    >>> to_frame((20, 40, 40, 120), (100, 50, 200, 200))
+    (10, 10, 20, 30)
+    """
     width, height, image_width, image_height = frame or (1, 1, 1, 1)
-    x1, y1, x2, y2 = (round(value) for value in to_image(box, (image_width, image_height, width, height)))
+    back = (image_width, image_height, width, height)
+    x1, y1, x2, y2 = (round(value) for value in to_image(box, back))
     return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
 
 
-# -------------------------------------------------------------------------------------------------- load
-def load(dataset: str, split: str, data_dir: str | None = None, limit: int | None = None, task: str = "", target: str = "") -> list[Item]:
+# --------------------------------------------------------------------------------- the data sets
+def own_rows(path: Path, split: str, data_dir: str | None, task: str) -> list[dict]:
+    """Your own data, a JSON object a line (`jsonl.row_of` has the keys).
+
+    A folder holds train.jsonl, dev.jsonl and test.jsonl. One file is cut by hash, a tenth each for
+    dev and test: an item falls into the same split wherever in the file it stands.
+    """
+    file = path if path.is_file() else path / f"{split}.jsonl"
+    if not file.is_file():
+        raise UsageError(
+            f"{file} is not there: a folder of your own data holds "
+            "train.jsonl, dev.jsonl and test.jsonl"
+        )
+    rows = jsonl.read_file(file, f"{file.stem}-{split}", task=task)
+    if path.is_dir():
+        return rows
+    return [row for row in rows if split_of(Item(**row)) == split]
+
+
+def split_of(item: Item) -> str:
+    # The last in order: "patient ..." sorts behind the hashes, so a patient's items stay together.
+    key = sorted(apart(item))[-1]
+    tenth = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10
+    return {0: "dev", 1: "test"}.get(tenth, "train")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: its items, its prompt, and what a run on it needs."""
+
+    # (split, data_dir, task) -> dictionaries with the keywords of Item
+    rows: Callable[[str, str | None, str], list[dict]]
+    tasks: tuple[str, ...] = ("choice",)  # those of its items; the first unless --task says another
+    splits: tuple[str, ...] = SPLITS
+    instruction: str = INSTRUCTION
+    # Fields of Config. Flags beat these, and these beat the algorithm's row.
+    defaults: dict = field(default_factory=dict)
+    by_hand: str = ""  # how to get a set that is not downloaded by itself
+    about: str = ""  # where it comes from and its licence, for `python data.py`
+
+
+# Learning rates are for adapters unless said otherwise.
+DEMO = {
+    **dict(full=True, steps=100, prompts=16, samples=8, max_new=12, lr=1e-3, warmup=10),
+    **dict(checkpointing=False, kl_coef=0.0, eval_samples=4),
+}
+DEMO_IMAGES = DEMO | dict(steps=120, prompts=12, max_new=32, eval_every=25, lr=5e-4)
+# A base model, as in the paper; the rest is our choice.
+MEDQA = dict(model="Qwen/Qwen2.5-3B", template="plain", steps=300, lr=1e-5, max_new=512)
+# 200 steps as in Visual-RFT.
+IMAGES = {
+    **dict(model="Qwen/Qwen2.5-VL-3B-Instruct", steps=200, lr=1e-5),
+    **dict(max_new=256, max_prompt=2048),
+}
+
+
+def medqa(name: str, options: str) -> Source:
+    about = f"MedQA-USMLE, {options} options (arXiv 2009.13081), MIT"
+    return Source(partial(text_sets.medqa_rows, name), defaults=MEDQA, about=about)
+
+
+def bccd(target: str, tasks: tuple[str, ...] = ("localize",)) -> Source:
+    """Boxes around the cells of one kind."""
+    url = "https://github.com/Shenggan/BCCD_Dataset"
+    by_hand = f"git clone {url}, then give --data-dir BCCD_Dataset"
+    about = f"blood smears with boxes of {target} ({url}), MIT"
+    rows = partial(image_sets.bccd_rows, target)
+    return Source(rows, tasks, defaults=IMAGES, by_hand=by_hand, about=about)
+
+
+def medmnist(name: str) -> Source:
+    one = image_sets.MEDMNIST[name.partition("-")[0]]
+    about = f"{one.picture} (MedMNIST v2, arXiv 2110.14795), {one.licence}"
+    rows = partial(image_sets.medmnist_rows, name)
+    return Source(rows, (one.task,), defaults=IMAGES, about=about)
+
+
+LOADERS = {
+    "demo": Source(demo_task.demo_rows, defaults=DEMO, about="vignettes made in code"),
+    "demo-images": Source(
+        demo_task.lesion_rows,
+        tasks=("classify", "grade", "localize"),
+        defaults=DEMO_IMAGES,
+        about="lesions drawn in code",
+    ),
+    "medqa": medqa("medqa", "five"),
+    "medqa-4": medqa("medqa-4", "four"),
+    "mmlu-pro-health": Source(
+        text_sets.mmlu_pro_rows,
+        splits=("test",),
+        about="MMLU-Pro's health questions (arXiv 2406.01574), MIT",
+    ),
+    "bccd": bccd("WBC", tasks=("localize", "classify")),
+    "bccd-rbc": bccd("RBC"),
+    "bccd-platelets": bccd("Platelets"),
+    **{name: medmnist(name) for name in image_sets.NAMES},
+}
+DATASETS = tuple(name for name in LOADERS if name not in image_sets.NAMES)
+OFFERED = f"{', '.join(DATASETS)}, the MedMNIST sets (retinamnist, retinamnist-28, ...)"
+
+
+def source_of(dataset: str, data_dir: str | None = None, task: str = "") -> Source:
+    """The row of a data set, or of the file or folder of that name. Nothing is read yet.
+
+    Raises UsageError where there is no such set, or it has not what is asked of it.
+    """
+    if dataset not in LOADERS:
+        return own(dataset)
+    source = LOADERS[dataset]
+    if task and task not in source.tasks:
+        there = " and ".join(source.tasks)
+        raise UsageError(f"{dataset} cannot be used for the task {task!r}, only for {there}")
+    if source.by_hand and not data_dir:
+        raise UsageError(f"{dataset} is not downloaded by itself: {source.by_hand}")
+    return source
+
+
+def own(dataset: str) -> Source:
+    if why := image_sets.why_not(dataset):
+        raise UsageError(why)
+    path = Path(dataset)
+    if not path.exists():
+        raise UsageError(
+            f"no data set named {dataset!r}, and no file or folder of that name: "
+            f"there are {OFFERED}, or give the path of a JSONL file"
+        )
+    # Without --task the first of these: each line is of the task for which it has an answer.
+    return Source(partial(own_rows, path), tasks=("", "choice", "classify", "grade", "localize"))
+
+
+def load(
+    dataset: str, split: str, data_dir: str | None = None, limit: int | None = None, task: str = ""
+) -> list[Item]:
     """The items of one split, in file order, the first `limit` of them.
 
-    dataset: `demo`; `medqa` or `medqa-4` (five or four options) or `mmlu-pro-health` (test only), from the hub, or from `data_dir` with the same layout;
-    `bccd` and the 2-D MedMNIST sets (images.py); or a path: a folder with train.jsonl, dev.jsonl and test.jsonl, or one .jsonl file, cut 80/10/10 by hash.
-    task: where a set offers several (bccd: localize, classify). target: what to find in bccd, WBC unless said.
+    dataset: a name in LOADERS; or a path of your own data, see `own_rows`.
+    data_dir: the folder that holds the published files, instead of the hub, in the same layout.
+    task: where a set offers several, such as bccd localize and classify.
     Raises UsageError with the file, the line and the way on.
     """
-    import images                                                             # here, since it builds on this file
-    images.check(dataset, data_dir, task, target)
+    source = source_of(dataset, data_dir, task)
     if split not in SPLITS:
         raise UsageError(f"no split {split!r}: there are {', '.join(SPLITS)}")
+    if split not in source.splits:
+        only = ", ".join(source.splits)
+        raise UsageError(f"{dataset} is for evaluation only: its split is {only}")
     if limit is not None and limit < 1:
         raise UsageError(f"the limit {limit} leaves no items: give at least 1")
-    if dataset == "demo":
-        import demo
-        items = demo.demo_items(split)
-    elif dataset in ("medqa", "medqa-4"):
-        items = medqa_items(dataset, split, data_dir)
-    elif dataset == "mmlu-pro-health":
-        items = mmlu_pro_items(split, data_dir)
-    elif dataset == "demo-images":
-        import demo
-        items = demo.lesion_items(split, task or "classify")
-    elif dataset == "bccd":
-        items = images.bccd_items(split, data_dir, task or "localize", target or "WBC")
-    elif images.is_medmnist(dataset):
-        items = images.medmnist_items(dataset, split, data_dir)
-    elif Path(dataset).exists():
-        items = own_items(Path(dataset), split, task)
-    else:
-        raise UsageError(f"no data set named {dataset!r}, and no file or folder of that name: "
-                         f"there are {OFFERED}, or give the path of a JSONL file")
+    rows = source.rows(split, data_dir, task or source.tasks[0])
+    items = [Item(instruction=source.instruction, **row) for row in rows]
     if not items:
         raise UsageError(f"{dataset}: split {split!r} has no items")
     if task and (other := {item.task for item in items} - {task}):
@@ -100,194 +230,34 @@ def load(dataset: str, split: str, data_dir: str | None = None, limit: int | Non
     return items[:limit]
 
 
-def is_known(dataset: str) -> bool:
-    import images
-    return dataset in DATASETS or images.is_medmnist(dataset)
-
-
-def medqa_items(dataset: str, split: str, data_dir: str | None) -> list[Item]:
-    """MedQA-USMLE (arXiv 2009.13081) in the layout of its archive: data_clean/questions/US/..."""
-    name = f"data_clean/questions/US/{split}.jsonl" if dataset == "medqa" else \
-        f"data_clean/questions/US/4_options/phrases_no_exclude_{split}.jsonl"
-    if data_dir:
-        path = Path(data_dir) / name
-        if not path.is_file():
-            raise UsageError(f"{path} is not there: --data-dir must hold the folder data_clean of the MedQA archive")
-        with path.open(encoding="utf-8") as lines:
-            return read_jsonl(lines, str(path), dataset, split, published=True)
-    archive = fetch("bigbio/med_qa", "data_clean.zip")
-    with zipfile.ZipFile(archive) as z, z.open(name) as lines:                # read in place: no member is written anywhere
-        return read_jsonl(io.TextIOWrapper(lines, encoding="utf-8"), f"{archive}:{name}", dataset, split, published=True)
-
-
-def mmlu_pro_items(split: str, data_dir: str | None) -> list[Item]:
-    """The health questions of MMLU-Pro (arXiv 2406.01574), 3 to 10 options: Med-RLVR's test out of distribution. The unfiltered split, 818 rows."""
-    if split != "test":
-        raise UsageError("mmlu-pro-health is for evaluation only: its split is test")
-    name = "data/test-00000-of-00001.parquet"
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UsageError("reading parquet needs pyarrow: pip install pyarrow") from None
-    if data_dir:
-        found = [path for path in (Path(data_dir) / "MMLU-Pro" / name, Path(data_dir) / name) if path.is_file()]
-        if not found:
-            raise UsageError(f"neither {data_dir}/MMLU-Pro/{name} nor {data_dir}/{name} is there")
-        path = str(found[0])
-    else:
-        path = fetch("TIGER-Lab/MMLU-Pro", name)
-    try:
-        rows = pyarrow.parquet.read_table(path, columns=["question_id", "question", "options", "answer", "category"]).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UsageError(f"{path}: not the parquet file of MMLU-Pro ({str(error).splitlines()[0]})") from None
-    health = [row for row in rows if row["category"] == "health"]
-    return read_jsonl((json.dumps(row | {"id": f"mmlu-pro-{row['question_id']}"}) for row in health), path, "mmlu-pro-health", split, published=True)
-
-
-def is_path(name: str) -> bool:
-    """Whether a model's name can only be a folder: a hub name has at most one slash, between two words."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def cached(repo: str, name: str, kind: str) -> bool:
-    """Whether a file of a hub "model" or "dataset" is on this machine already."""
-    import huggingface_hub
-    return isinstance(huggingface_hub.try_to_load_from_cache(repo, name, repo_type=kind), str)
-
-
-def online() -> bool:
-    """Whether the hub answers within four seconds (its own client would retry for half a minute)."""
-    import huggingface_hub
-    try:
-        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=4).close()
-    except urllib.error.HTTPError:
-        return True                                                           # an answer, if no welcome
-    except OSError:
-        return False
-    return True
-
-
-def fetch(repo: str, name: str) -> str:
-    """Path of one file of a hub data set: from the cache, else downloaded with a progress bar."""
-    import huggingface_hub
-    try:
-        return huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", local_files_only=True)
-    except huggingface_hub.errors.LocalEntryNotFoundError:
-        pass
-    if not online():
-        raise UsageError(f"the hub cannot be reached and {name} of its data set {repo} is not in the cache: "
-                         "connect to the network, or give --data-dir DIR with the unpacked archive")
-    try:
-        return huggingface_hub.hf_hub_download(repo, name, repo_type="dataset")
-    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise UsageError(f"cannot download {name} of the hub data set {repo}: {error}") from None
-
-
-def own_items(path: Path, split: str, task: str = "") -> list[Item]:
-    """Your own data. One JSON object a line: {"question", "options": [texts] or {letter: text}, "answer": letter, "id"?, "rationale"?}.
-
-    With "image" or "images" (paths beside the file) also labels, grades or boxes: `images.own_image_item`.
-    """
-    file = path if path.is_file() else path / f"{split}.jsonl"
-    if not file.is_file():
-        raise UsageError(f"{file} is not there: a folder of your own data holds train.jsonl, dev.jsonl and test.jsonl")
-    with file.open(encoding="utf-8") as lines:
-        items = read_jsonl(lines, str(file), file.stem, split, published=False, task=task)
-    if path.is_dir():
-        return items
-    share = {0: "dev", 1: "test"}                                             # a tenth each; the same item falls into the same split, wherever it stands
-    place = lambda item: int(hashlib.sha256(sorted(apart(item))[-1].encode()).hexdigest(), 16) % 10       # "patient ..." sorts behind the hashes: a patient's items together
-    return [item for item in items if share.get(place(item), "train") == split]
-
-
-def read_jsonl(lines: Iterable[str], where: str, dataset: str, split: str, published: bool, task: str = "") -> list[Item]:
-    """MedQA's schema and our own: options as a list or by letter, the gold letter in `answer_idx` or `answer`."""
-    items, alike, seen = [], 0, {}
-    for number, line in enumerate(decoded(lines, where), 1):
-        if not line.strip():
-            continue
-        item, duplicates = read_item(line, f"{where}, line {number}", f"{dataset}-{split}-{number}", published, Path(where).parent, task)
-        if item.id in seen:
-            raise UsageError(f"{where}, line {number}: the id {item.id!r} stands in line {seen[item.id]} already: ids must differ")
-        seen[item.id] = number
-        alike += duplicates
-        items.append(item)
-    if alike:
-        print(f"{where}: {alike} of {len(items)} questions have two options with the same text; either counts as right", file=sys.stderr)
-    return items
-
-
-def decoded(lines: Iterable[str], where: str) -> Iterable[str]:
-    """The lines, with a word on where the text stops being UTF-8."""
-    number = 0
-    try:
-        for number, line in enumerate(lines, 1):
-            yield line
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{where}, after line {number}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
-
-
-def read_item(line: str, where: str, default_id: str, published: bool, folder: Path = Path(), task: str = "") -> tuple[Item, bool]:
-    """One line -> its Item, and whether two of its options read the same. Raises UsageError with `where`."""
-    if len(line) > MAX_LINE:
-        raise UsageError(f"{where}: {len(line):,} characters; the limit is {MAX_LINE:,}")
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()                          # half a character (a lone surrogate) could not be written again
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise UsageError(f"{where}: a line must be one JSON object")
-    import images
-    image = ()
-    if "image" in row or "images" in row:
-        if "options" not in row:
-            return images.own_image_item(row, where, default_id, folder, task), False
-        image = images.own_images(row, where, folder)
-    question, options = row.get("question"), row.get("options")
-    if not isinstance(question, str) or not question.strip():
-        raise UsageError(f"{where}: no text under 'question'")
-    if isinstance(options, dict):
-        if sorted(options) != list(LETTERS[:len(options)]):
-            raise UsageError(f"{where}: the option letters are {sorted(options)}, not A, B, C, ... without a gap")
-        options = [options[letter] for letter in sorted(options)]
-    if not isinstance(options, list) or not 2 <= len(options) <= 26 or not all(isinstance(o, str) and o.strip() for o in options):
-        raise UsageError(f"{where}: 'options' must be 2 to 26 texts, as a list or by letter")
-    answer = row.get("answer_idx", row.get("answer"))
-    if answer is None:
-        raise UsageError(f"{where}: no 'answer'; there are {', '.join(map(repr, row))}")
-    if not isinstance(answer, str) or len(answer) != 1 or answer not in LETTERS[:len(options)]:
-        raise UsageError(f"{where}: the answer {answer!r} is not one of the option letters {', '.join(LETTERS[:len(options)])}")
-    duplicates = len({" ".join(o.split()).casefold() for o in options}) < len(options)
-    if duplicates and not published:
-        raise UsageError(f"{where}: two options have the same text")
-    return Item(str(row.get("id", default_id)), "choice", question.strip(), tuple(o.strip() for o in options), answer,
-                image=image or None, patient=images.own_text(row, "patient", where),
-                rationale=images.own_rationale(row, where)), duplicates
-
-
-# --------------------------------------------------------------------------------- splits, order, batches
+# ------------------------------------------------------------------------ splits, order, batches
 def fingerprint(item: Item) -> str:
-    """Hash of the normalised question *and* options, and of the images' pixels: "Which of these is true?" alone occurs many times."""
-    flat = lambda text: " ".join(text.split()).casefold()
-    return hashlib.sha256("\n".join([flat(item.question), *sorted(map(flat, item.options)), *pixels(item)]).encode()).hexdigest()
+    """Hash of the normalised question *and* options, and of the images' pixels.
+
+    The question alone would not do: "Which of these is true?" occurs many times.
+    """
+    parts = [flat(item.question), *sorted(map(flat, item.options)), *pixels(item)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def pixels(item: Item) -> list[str]:
     """A hash of each image's pixels."""
-    import images
-    return [images.pixel_hash(source) for source in images.sources(item)]
+    return [pictures.pixel_hash(source) for source in pictures.sources(item.image)]
 
 
 def apart(item: Item) -> set[str]:
-    """What must not stand in two splits: the question, or with images each image (by its pixels) and the patient."""
+    """What must not stand in two splits: the question, or each image, and the patient."""
     shown = {fingerprint(item)} if item.image is None else set(pixels(item))
     return shown | ({f"patient {item.patient}"} if item.patient else set())
 
 
 def set_fingerprint(items: list[Item]) -> str:
-    """Of a whole split, in its order, answers included: tells a resumed run whether its data is still the same."""
-    return hashlib.sha256(" ".join(f"{fingerprint(item)}{item.answer}" for item in items).encode()).hexdigest()[:16]
+    """Of a whole split, in its order, answers included.
+
+    It tells a resumed run whether its data is still the same.
+    """
+    text = " ".join(f"{fingerprint(item)}{item.answer}" for item in items)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def without(items: list[Item], held_out: list[Item]) -> list[Item]:
@@ -296,42 +266,43 @@ def without(items: list[Item], held_out: list[Item]) -> list[Item]:
     return [item for item in items if not apart(item) & taken]
 
 
-def by_class(items: list[Item], seed) -> list[list[Item]]:
-    """The items of each class in an order drawn from the seed; boxes are one class."""
+def few_shot(items: list[Item], n: int, seed) -> list[Item]:
+    """n items of each class, drawn by the seed, or all where there are fewer; boxes are one class.
+
+    The classes are mixed, so that a limit does not cut off the last of them.
+    """
     classes: dict[str, list[Item]] = {}
     for item in items:
-        classes.setdefault("boxes" if item.task == "localize" else str(item.answer), []).append(item)
+        name = "boxes" if item.task == "localize" else str(item.answer)
+        classes.setdefault(name, []).append(item)
+    few = []
     for name, members in classes.items():
         random.Random(f"{seed} {name}").shuffle(members)
-    return list(classes.values())
-
-
-def few_shot(items: list[Item], n: int, seed) -> list[Item]:
-    """n items of each class, or all where there are fewer."""
-    few = [item for members in by_class(items, seed) for item in members[:n]]
-    return random.Random(f"{seed} few").sample(few, len(few))                 # mixed: a limit must not cut off the last classes
-
-
-def balanced(items: list[Item], seed) -> list[Item]:
-    """Every class as often as the commonest: the items of rarer ones are repeated."""
-    classes = by_class(items, seed)
-    most = max(map(len, classes))
-    return [members[i % len(members)] for members in classes for i in range(most)]
+        few += members[:n]
+    return random.Random(f"{seed} few").sample(few, len(few))
 
 
 def shuffle_options(item: Item, seed: int = 0) -> Item:
-    """The same question with its options in another order, a function of (seed, item.id); the gold letter moves along."""
+    """The same question with its options in another order, a function of (seed, item.id).
+
+    The gold letter moves along. Grades have an order of their own and keep it.
+    """
+    if item.task not in ("choice", "classify"):
+        return item
     order = list(range(len(item.options)))
     random.Random(f"{seed} {item.id}").shuffle(order)
-    if item.task != "choice":                                                 # names have no letters, and grades an order of their own
-        return replace(item, options=tuple(item.options[i] for i in order)) if item.task == "classify" else item
-    return replace(item, options=tuple(item.options[i] for i in order), answer=LETTERS[order.index(LETTERS.index(item.answer))])
+    answer = item.answer
+    if item.task == "choice":
+        answer = LETTERS[order.index(LETTERS.index(answer))]
+    return replace(item, options=tuple(item.options[i] for i in order), answer=answer)
 
 
 def rotate_options(item: Item, by: int = 1) -> Item:
     """The same question with every option moved `by` places up, the first ones to the end."""
     n, gold = len(item.options), LETTERS.index(item.answer)
-    return replace(item, options=item.options[by % n:] + item.options[:by % n], answer=LETTERS[(gold - by) % n])
+    by %= n
+    options = item.options[by:] + item.options[:by]
+    return replace(item, options=options, answer=LETTERS[(gold - by) % n])
 
 
 @lru_cache(maxsize=4)
@@ -342,9 +313,10 @@ def permutation(length: int, key: str) -> list[int]:
 
 
 def batch_for_step(items: list[Item], step: int, n: int, seed) -> list[Item]:
-    """The n items of a step: pages of an endless book, each epoch of it a new permutation of `items` drawn from (seed, epoch).
+    """The n items of a step: pages of an endless book.
 
-    A pure function: a resumed run asks for its step and gets the same items. Refill round k of dynamic sampling passes seed=(seed, k).
+    Each epoch of it is a new permutation of `items` drawn from (seed, epoch). As a pure function it
+    gives a resumed run the same items. Refill round k of dynamic sampling passes seed=(seed, k).
     """
     if not items:
         raise UsageError("no items to draw a batch from")
@@ -355,7 +327,7 @@ def batch_for_step(items: list[Item], step: int, n: int, seed) -> list[Item]:
     return batch
 
 
-# ---------------------------------------------------------------------------------------------- knowledge
+# ------------------------------------------------------------------------------------- knowledge
 def with_knowledge(items: list[Item], dataset: str, level: str, file: str = "") -> list[Item]:
     """Prior knowledge in the prompt (VRFT-Aug's explicit perception augmentation). level: none, task (what kind of image), class (and what each class looks like).
 
@@ -363,8 +335,12 @@ def with_knowledge(items: list[Item], dataset: str, level: str, file: str = "") 
     """
     if level == "none":
         return items
-    folder, base, task = Path(__file__).parent / "knowledge", dataset.partition("-")[0] if "mnist" in dataset else Path(dataset).stem, items[0].task
-    path = Path(file) if file else next((p for p in (folder / f"{base}-{task}.md", folder / f"{base}.md") if p.is_file()), None)
+    folder, base = Path(__file__).parent / "knowledge", Path(dataset).stem
+    stems = [f"{base}-{items[0].task}", base]
+    if dataset in LOADERS:  # retinamnist-28 and bccd-rbc have the files of retinamnist and bccd
+        stems.append(base.partition("-")[0])
+    files = [path for name in stems if (path := folder / f"{name}.md").is_file()]
+    path = Path(file) if file else next(iter(files), None)
     if path is None:
         raise UsageError(f"--knowledge {level}: there is none for {dataset}; write a file with a '# task' and a '## NAME' section for each class, and give it by --knowledge-file")
     sections = read_knowledge(path)
@@ -402,15 +378,21 @@ def read_knowledge(path: Path) -> dict[str, str]:
     return texts
 
 
-# ------------------------------------------------------------------------------------------------ prompts
-# Our own wording: the papers' prompts are not public. Known is what they ask for: thinking in tags first, then the answer in tags.
+# --------------------------------------------------------------------------------------- prompts
+# Our own wording: the papers' prompts are not public. Known is what they ask for: thinking in tags
+# first, then the answer in tags. The item's instruction stands before it.
 INSTRUCTIONS = {
-    "think": "Answer the medical question. First reason inside <think> and </think>, then give {} inside <answer> and </answer>, and nothing after it.",
-    "direct": "Answer the medical question. Give only {}, inside <answer> and </answer>.",
-    "cot": "Answer the medical question. Think step by step, then give {} inside <answer> and </answer>.",
+    "think": "First reason inside <think> and </think>, "
+    "then give {} inside <answer> and </answer>, and nothing after it.",
+    "direct": "Give only {}, inside <answer> and </answer>.",
+    "cot": "Think step by step, then give {} inside <answer> and </answer>.",
 }
-WANTED = {"choice": "the letter of the best option", "classify": "the name of the class, exactly as listed", "grade": "the grade",
-          "localize": "the boxes as [[x1, y1, x2, y2], ...]"}
+WANTED = {
+    "choice": "the letter of the best option",
+    "classify": "the name of the class, exactly as listed",
+    "grade": "the grade",
+    "localize": "the boxes as [[x1, y1, x2, y2], ...]",
+}
 
 
 def messages(item: Item, style: str = "think") -> list[dict[str, str]]:
@@ -420,11 +402,14 @@ def messages(item: Item, style: str = "think") -> list[dict[str, str]]:
         wanted += " in pixels of a {} x {} image".format(*item.frame)
     listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, item.options)] if item.task == "choice" else [f"- {text}" for text in item.options]
     lines = [*item.knowledge, item.question, *listed]
-    return [{"role": "system", "content": INSTRUCTIONS[style].format(wanted)}, {"role": "user", "content": "\n".join(lines)}]
+    return [{"role": "system", "content": f"{item.instruction} {INSTRUCTIONS[style].format(wanted)}"}, {"role": "user", "content": "\n".join(lines)}]
 
 
 def plain_text(chat: list[dict[str, str]]) -> str:
-    """The prompt for a base model, which has no chat template: the transcript of a conversation, cut where the answer begins."""
+    """The prompt for a base model, which has no chat template.
+
+    It is the transcript of a conversation, cut where the answer begins.
+    """
     system, user = (message["content"] for message in chat)
     return f"{system}\n\nUser: {user}\n\nAssistant:"
 
@@ -432,15 +417,6 @@ def plain_text(chat: list[dict[str, str]]) -> str:
 # The think block of an item without a rationale. Our choice, since no paper has one: it is true of
 # every item and names no answer, and with it the completion has the form that the reward asks for.
 NO_RATIONALE = "The answer follows from what is given."
-
-
-def says_something(text: str) -> bool:
-    """Whether a text holds a letter or a digit of any script.
-
-    >>> says_something("."), says_something("\\u200b"), says_something("-1")
-    (False, False, True)
-    """
-    return any(map(str.isalnum, text))
 
 
 def completion(item: Item, style: str = "think") -> str:
@@ -458,3 +434,9 @@ def completion(item: Item, style: str = "think") -> str:
         return answer
     reasoning = item.rationale if says_something(item.rationale) else NO_RATIONALE
     return f"<think> {reasoning} </think> {answer}"
+
+
+if __name__ == "__main__":
+    for name in (*DATASETS, *image_sets.MEDMNIST):
+        source = LOADERS[name]
+        print(f"{name:16} {', '.join(source.tasks):25} {source.about}")

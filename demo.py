@@ -1,125 +1,21 @@
-"""The demo: vignettes made in code, models small enough for a CPU, and the warm start that stands in for pre-training.
+"""The demo's models, small enough for a CPU, and the warm start that stands in for pre-training.
 
 A file of its own because none of it belongs to the papers: data.py, policy.py and train.py read better without it. Nothing here is downloaded.
 Reinforcement learning at this size brings out a skill, it does not create one; so the demo first teaches a random model the task and then spoils it.
 What comes of that is in the README's first table.
 """
-import math
 import random
 from dataclasses import replace
-from itertools import combinations
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import LETTERS, Item, fingerprint
 from policy import ImageProcessor, Policy, collate
 from ranks import say
-
-
-# ------------------------------------------------------------------------------------------------ vignettes
-# Twenty conditions, each with four findings that a textbook would name first; one word each, since the demo's tokenizer knows words.
-CONDITIONS = {
-    "pneumonia": "productive-cough pleuritic-pain crackles rusty-sputum",
-    "asthma": "wheeze night-cough pollen-trigger variable-peak-flow",
-    "appendicitis": "right-iliac-pain rebound-tenderness anorexia migrating-pain",
-    "migraine": "throbbing-headache photophobia visual-aura phonophobia",
-    "gout": "big-toe-pain tophi high-urate negatively-birefringent-crystals",
-    "hypothyroidism": "cold-intolerance weight-gain slow-reflexes dry-skin",
-    "hyperthyroidism": "heat-intolerance tremor lid-lag weight-loss",
-    "cystitis": "dysuria urinary-frequency suprapubic-pain cloudy-urine",
-    "meningitis": "neck-stiffness petechial-rash kernig-sign bulging-fontanelle",
-    "angina": "exertional-chest-pain relief-by-nitrate jaw-radiation st-depression",
-    "pancreatitis": "epigastric-pain-to-back high-lipase grey-turner-sign alcohol-excess",
-    "psoriasis": "silvery-plaques nail-pitting auspitz-sign extensor-rash",
-    "cholera": "rice-water-stool severe-dehydration sunken-eyes contaminated-water",
-    "measles": "koplik-spots coryza conjunctivitis maculopapular-rash",
-    "parkinsonism": "rest-tremor bradykinesia shuffling-gait cogwheel-rigidity",
-    "glaucoma": "halos-around-lights raised-eye-pressure cupped-disc tunnel-vision",
-    "pulmonary-embolism": "sudden-dyspnoea haemoptysis leg-swelling recent-flight",
-    "iron-deficiency": "pallor spoon-nails low-ferritin pica",
-    "diabetes-insipidus": "polyuria dilute-urine hypernatraemia constant-thirst",
-    "scabies": "burrows night-itch itchy-web-spaces affected-household",
-}
-SIZES = {"train": 3000, "dev": 200, "test": 300}
-AGES = tuple(f"{age}-year-old" for age in range(20, 80, 5))
-
-
-def demo_items(split: str) -> list[Item]:
-    """Vignettes of two or three findings with five options, made in code; the same on every machine.
-
-    One three-finding combination of each condition never occurs in train; dev and test are different vignettes of just those. So the
-    test asks for a combination that was never seen. Shared findings or more held-out combinations would need a larger model.
-    """
-    names, rng, seen = list(CONDITIONS), random.Random("demo"), set()
-    items: dict[str, list[Item]] = {"train": [], "dev": [], "test": []}
-    held_out = {name: rng.sample(CONDITIONS[name].split(), 3) for name in names}                  # lists: the order of a set of words differs between processes
-    for part, size in SIZES.items():
-        while len(items[part]) < size:
-            name = names[len(items[part]) % len(names)]
-            pool = [c for k in (2, 3) for c in combinations(CONDITIONS[name].split(), k) if set(c) != set(held_out[name])]
-            findings = rng.choice(pool) if part == "train" else held_out[name]
-            findings = rng.sample(findings, len(findings))
-            options = rng.sample([n for n in names if n != name], 4) + [name]
-            rng.shuffle(options)
-            question = (f"a {rng.choice(AGES)} {rng.choice(('man', 'woman'))} has {' and '.join(findings)} . "
-                        "which diagnosis ?")
-            item = Item(f"demo-{part}-{len(items[part])}", "choice", question, tuple(options), LETTERS[options.index(name)],
-                        rationale=f"findings suggest {name}")
-            if fingerprint(item) not in seen:
-                seen.add(fingerprint(item))
-                items[part].append(item)
-    return items[split]
-
-
-def demo_words() -> list[str]:
-    """Every word that a demo prompt or completion can hold, in a fixed order: the vocabulary of the demo's tokenizer."""
-    texts = ["a man woman has and . which diagnosis ? findings suggest <think> </think> <answer> </answer>", " ".join(AGES),
-             " ".join(CONDITIONS), " ".join(CONDITIONS.values()), " ".join(f"{letter} {letter}." for letter in LETTERS[:5])]
-    return list(dict.fromkeys(" ".join(texts).split()))
-
-
-# --------------------------------------------------------------------------------------------------- lesions
-CELL = 7                                # pixels: lesions fill whole cells of a picture of 8 x 8, so that boxes need only nine numbers
-SIDE = 8 * CELL
-SHAPES = ("round", "irregular")
-GRADES = ("0", "1", "2", "3", "4")      # 1 to 5 cells wide
-QUESTIONS = {"classify": "Which outline does the lesion have?", "grade": "How large is the lesion, from 0 (smallest) to 4 (largest)?",
-             "localize": "Where is the lesion?"}
-
-
-def lesion(seed: str) -> tuple[np.ndarray, str, str, tuple[int, int, int, int]]:
-    """A bright lesion on grey noise: picture [56, 56], shape, grade, box."""
-    rng = random.Random(seed)
-    shape, grade = rng.choice(SHAPES), rng.randrange(5)
-    width = CELL * (grade + 1)
-    x, y = (CELL * rng.randrange(8 - grade) for _ in "xy")
-    scale = 8                                                                 # drawn large and shrunk: a smooth edge
-    picture = Image.new("L", (width * scale, width * scale), 0)
-    r, points = width * scale / 2, []
-    for k in range(48):                                                       # round: a circle; irregular: every second of 24 points lies nearer to the middle
-        near = 1.0 if shape == "round" else (1.0, .45)[k // 2 % 2] if k % 12 else 1.0
-        points.append((r + near * r * math.cos(k * math.pi / 24), r + near * r * math.sin(k * math.pi / 24)))
-    ImageDraw.Draw(picture).polygon(points, fill=255)
-    mask = np.asarray(picture.resize((width, width), Image.Resampling.BOX), dtype=float) / 255
-    noise = np.random.default_rng(rng.getrandbits(32)).normal(90, 12, (SIDE, SIDE))
-    noise[y:y + width, x:x + width] += mask * 120
-    return noise.clip(0, 255).astype(np.uint8), shape, GRADES[grade], (x, y, x + width, y + width)
-
-
-def lesion_items(split: str, task: str) -> list[Item]:
-    """Lesions drawn in code, a task each: the outline, the size, the place. The same on every machine."""
-    items = []
-    for i in range(SIZES[split]):
-        picture, shape, grade, box = lesion(f"lesion {split} {i}")
-        answer, options, rationale = {"classify": (shape, SHAPES, f"the outline is {'smooth' if shape == 'round' else 'jagged'}"),
-                                      "grade": (grade, GRADES, f"it is {int(grade) + 1} cells wide"), "localize": ((box,), (), "it is brighter than the rest")}[task]
-        items.append(Item(f"demo-images-{task}-{split}-{i}", task, QUESTIONS[task], options, answer, image=picture, rationale=rationale))
-    return items
+from support.demo_task import demo_words
+from support.text import LETTERS
 
 
 # -------------------------------------------------------------------------------------------------- models

@@ -21,13 +21,13 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
-import images
 import policy as policies
 import ranks
 import rewards
 import runs
 from config import Config
 from data import Item, UsageError
+from support import hub, pictures
 
 
 def wilson(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -236,11 +236,11 @@ def looking(policy, rollouts, config, label: str = "") -> dict:
     """Accuracy with every image made blank, and with each image given to another item of another answer: a model that looks loses by both."""
     items, found = [r.item for r in rollouts if r.item.image is not None], {}
     grey = functools.cache(lambda size: Image.new("RGB", size, (128, 128, 128)))
-    blank = [replace(item, image=tuple(grey(images.size_of(source)) for source in images.sources(item))) for item in items]
+    blank = [replace(item, image=tuple(grey(pictures.size_of(source)) for source in pictures.sources(item.image))) for item in items]
     swapped = []
     for i, item in enumerate(items):                                          # of as many images; an item without such a partner is left out
         others = (items[(i + k) % len(items)] for k in range(1, len(items)))
-        fitting_others = (other for other in others if other.answer != item.answer and len(images.sources(other)) == len(images.sources(item)))
+        fitting_others = (other for other in others if other.answer != item.answer and len(pictures.sources(other.image)) == len(pictures.sources(item.image)))
         swapped += [replace(item, frame=None, image=other.image) for other in islice(fitting_others, 1)]
     for name, changed in (("blank", blank), ("swapped", swapped)):
         if changed:
@@ -252,7 +252,7 @@ def looking(policy, rollouts, config, label: str = "") -> dict:
 
 def draw(rollout, path: Path) -> None:
     """A PNG of an item's first image with what was asked (green) and what was answered (red): boxes on it, names below it."""
-    picture = images.open_image(images.sources(rollout.item)[0]).copy()
+    picture = pictures.open_image(pictures.sources(rollout.item.image)[0]).copy()
     enlarge = max(1, 448 // max(picture.size))
     picture = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
     canvas = Image.new("RGB", (max(picture.width, 320), picture.height + 32), "white")
@@ -308,7 +308,7 @@ def as_line(result: dict) -> str:
 # a prompt that fits a model is not dropped.
 ALONE = Config(dataset="medqa", max_prompt=2048)
 # --samples, --limit and --seed say other things here than in training, so they are not among these.
-FLAGS = ("data_dir", "task", "target", "knowledge", "knowledge_file", "max_pixels", "max_new",
+FLAGS = ("data_dir", "task", "knowledge", "knowledge_file", "max_pixels", "max_new",
          "max_prompt", "template", "stop_answer")
 
 
@@ -318,7 +318,7 @@ def settings(args, run: dict, dataset: str | None = None, style: str | None = No
     The seed stays the run's: options stand as in training, whatever --seed is.
     """
     if dataset and dataset != run.get("dataset"):
-        own = ("task", "target", "knowledge", "knowledge_file")               # of the run's own data set
+        own = ("task", "knowledge", "knowledge_file")               # of the run's own data set
         run = {name: value for name, value in run.items() if name not in own}
     trained = {f.name: run[f.name] for f in fields(Config) if f.name in run}
     flags = {name: value for name in FLAGS if (value := getattr(args, name, None)) is not None}
@@ -338,7 +338,7 @@ def fitting(policy, items: list[Item], config, what: str = "") -> list[Item]:
 
 
 def load_items(config, split: str, limit: int | None) -> list[Item]:
-    items = data.load(config.dataset, split, config.data_dir or None, limit, config.task, config.target)
+    items = data.load(config.dataset, split, config.data_dir or None, limit, config.task)
     items = data.with_knowledge(items, config.dataset, config.knowledge, config.knowledge_file)
     return [data.shuffle_options(item, config.seed) for item in items] if config.shuffle_options else items
 
@@ -346,7 +346,7 @@ def load_items(config, split: str, limit: int | None) -> list[Item]:
 def seen_in_training(items: list[Item], run: dict) -> int | None:
     """How many of the items stand in the training data of a run, by question and options. None where that data is not at hand."""
     try:
-        train, dev, test = (data.load(run["dataset"], split, run["data_dir"] or None, task=run["task"], target=run["target"]) for split in data.SPLITS)
+        train, dev, test = (data.load(run["dataset"], split, run["data_dir"] or None, task=run["task"]) for split in data.SPLITS)
     except UsageError as error:
         print(f"test items in the training data: not checked ({error})", file=sys.stderr)
         return None
@@ -457,7 +457,8 @@ def table(results: list[dict]) -> str:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):                                            # one line instead of the whole usage
-        raise UsageError(f"{message}; see --help")
+        way_on = "use --dataset bccd-rbc or bccd-platelets" if "--target" in message else "see --help"
+        raise UsageError(f"{message}; {way_on}")
 
 
 def parser() -> Parser:
@@ -477,7 +478,6 @@ def parser() -> Parser:
     p.add_argument("--blind", action="store_true", help="also with blank and with swapped images: does the model look at all?")
     p.add_argument("--save-images", metavar="DIR", help="write each image with gold and predicted boxes or labels as PNG")
     p.add_argument("--task", choices=("classify", "grade", "localize"), help="where a data set offers several")
-    p.add_argument("--target", help="bccd: which cells to find: WBC, RBC or Platelets")
     p.add_argument("--knowledge", choices=("none", "task", "class"), help="prior knowledge in the prompt (default: the run's, else none)")
     p.add_argument("--knowledge-file", help="a file of your own for it")
     p.add_argument("--max-pixels", type=int, help="images are shrunk to at most so many pixels (default: the run's)")
@@ -510,8 +510,8 @@ def main(argv: list[str] | None = None) -> None:
         if (value := getattr(args, name)) is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}")
     for name in args.models:
-        if not Path(name).is_dir() and (data.is_path(name) or not data.cached(name, "config.json", "model") and not data.online()):
-            raise UsageError(f"{name}: no such folder" + ("" if data.is_path(name) else ", and the hub cannot be reached"))
+        if not Path(name).is_dir() and (hub.is_path(name) or not hub.cached(name, "config.json", "model") and not hub.online()):
+            raise UsageError(f"{name}: no such folder" + ("" if hub.is_path(name) else ", and the hub cannot be reached"))
         if Path(name).is_dir() and not runs.read_run(name) and not (Path(name) / "config.json").is_file():
             raise UsageError(f"{name}: neither a run folder (no run.json) nor a Hugging Face folder (no config.json)")
     if args.ask:

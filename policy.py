@@ -23,9 +23,9 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as ImageProcessor, smart_resize
 
 import data
-import images
 from data import Item, UsageError
 from ranks import say
+from support.pictures import open_image, size_of, sources
 
 
 # -------------------------------------------------------------------------------------------- what flows
@@ -440,7 +440,7 @@ class Policy:
             return self._plain(self._text_ids(chat), item.id)
         if not self.image_processor:
             raise UsageError(f"{item.id} has an image, and this model cannot see: --model needs a Qwen2.5-VL or Qwen2-VL")
-        sizes = [self._resized(source, item.id) for source in images.sources(item)]
+        sizes = [self._resized(source, item.id) for source in sources(item.image)]
         chat[1]["content"] = self.image_mark * len(sizes) + chat[1]["content"]
         merged, text, ids = self.image_processor.patch_size * self.image_processor.merge_size, self._text_ids(chat), []
         if text.count(self.image_token) != len(sizes):
@@ -484,7 +484,7 @@ class Policy:
 
     def _resized(self, source, where: str) -> tuple[int, int]:
         """(width, height) in pixels to which the image processor will bring an image."""
-        (width, height), processor = images.size_of(source), self.image_processor
+        (width, height), processor = size_of(source), self.image_processor
         try:
             h, w = smart_resize(height, width, processor.patch_size * processor.merge_size, processor.size["shortest_edge"], processor.size["longest_edge"])
         except ValueError as error:
@@ -495,15 +495,15 @@ class Policy:
         """A `localize` item with the coordinate frame that this model family writes boxes in."""
         if item.task != "localize" or item.frame or not self.image_processor:
             return item
-        source = images.sources(item)[0]
+        source = sources(item.image)[0]
         frame = FRAMES[self.model.config.model_type] or self._resized(source, item.id)
-        return replace(item, frame=(*frame, *images.size_of(source)))
+        return replace(item, frame=(*frame, *size_of(source)))
 
     def look(self, item: Item, ids: list[int]) -> Pictures | None:
         """Open the images of an item whose prompt has these token ids. None where it has no image."""
         if item.image is None:
             return None
-        opened = self.image_processor([images.open_image(source, item.id) for source in images.sources(item)], return_tensors="pt")
+        opened = self.image_processor([open_image(source, item.id) for source in sources(item.image)], return_tensors="pt")
         row, grids = torch.tensor([ids]), opened["image_grid_thw"]
         expected = int(grids.prod(1).sum()) // self.image_processor.merge_size**2
         if (found := int((row == self.image_token).sum())) != expected:

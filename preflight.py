@@ -11,26 +11,25 @@ from pathlib import Path
 
 import torch
 
-import data
-import images
 import policy as policies
 from data import UsageError
 from policy import Policy, collate
 from ranks import say
+from support import hub, image_sets, pictures
 
 
 def check_hub(config) -> None:
     """Before anything large is fetched: is everything here or within reach, and can this machine hold it? Says what will be downloaded and written."""
     missing = []
-    if not Path(config.model).is_dir() and data.is_path(config.model):
+    if not Path(config.model).is_dir() and hub.is_path(config.model):
         raise UsageError(f"--model {config.model}: there is no such folder")
-    if not Path(config.model).is_dir() and not data.cached(config.model, "config.json", "model"):
+    if not Path(config.model).is_dir() and not hub.cached(config.model, "config.json", "model"):
         missing.append((config.model, "--model DIR with a model folder"))
-    if config.dataset in ("medqa", "medqa-4") and not config.data_dir and not data.cached("bigbio/med_qa", "data_clean.zip", "dataset"):
+    if config.dataset in ("medqa", "medqa-4") and not config.data_dir and not hub.cached("bigbio/med_qa", "data_clean.zip", "dataset"):
         missing.append(("MedQA (132 MB)", "--data-dir DIR with the unpacked data_clean.zip of bigbio/med_qa"))
-    if images.is_medmnist(config.dataset) and not config.data_dir and not images.medmnist_cached(config.dataset):
+    if config.dataset in image_sets.NAMES and not config.data_dir and not image_sets.medmnist_cached(config.dataset):
         missing.append((f"{config.dataset}'s file", f"--data-dir DIR with the .npz of {config.dataset}"))
-    if missing and not data.online():
+    if missing and not hub.online():
         raise UsageError(f"not on this machine, and the hub cannot be reached: {' and '.join(what for what, _ in missing)}. "
                          f"Connect to the network, or give {' and '.join(way for _, way in missing)}")
     total, trained = policies.model_size(config.model, 0 if config.full else config.lora)
@@ -110,7 +109,7 @@ def longest(policy: Policy, items: list, config, n: int) -> list:
         return sum(map(len, (item.question, *item.options, *item.knowledge)))
 
     texts = sorted(items, key=letters, reverse=True)[:4 * n]
-    area = lambda item: sum(w * h for w, h in map(images.size_of, images.sources(item)))
+    area = lambda item: sum(w * h for w, h in map(pictures.size_of, pictures.sources(item.image)))
     shown = [item for item in items if item.image is not None]
     some = {id(item): item for item in [*texts, *sorted(shown, key=area, reverse=True)[:n]]}
     return sorted(some.values(), key=lambda item: -len(policy.prompt(item, config.style)))[:n]

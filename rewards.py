@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 from config import Config
-from data import says_something, to_image
-from support.text import LETTERS, TAGS, folded, normal
+from data import to_image
+from support.text import LETTERS, TAGS, folded, is_answer, normal, says_something
 
-SIGNS = "[]+-"  # what an answer may consist of beside letters and digits: no boxes, the grade ++
 
 
 # ------------------------------------------------------------------------------------------------ text -> parts
@@ -57,15 +56,6 @@ def parse(text: str) -> Parsed:
     well_formed = (all(text.count(tag) == 1 for tag in TAGS) and think_open < think_close < answer_open < answer_close
                    and says_something(think) and is_answer(answer))
     return Parsed(before, think, answer, after, well_formed)
-
-
-def is_answer(text: str | None) -> bool:
-    """Whether an answer block is non-empty: marks and characters without a width are no answer.
-
-    >>> is_answer("<5"), is_answer("[]"), is_answer("."), is_answer(None)
-    (True, True, False, False)
-    """
-    return bool(text) and (says_something(text) or any(sign in text for sign in SIGNS))
 
 
 def is_strict(text: str) -> bool:

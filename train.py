@@ -31,7 +31,6 @@ import data
 import demo
 import eval as evaluation
 import grpo
-import images
 import policy as policies
 import preflight
 import ranks
@@ -45,15 +44,7 @@ from ranks import say
 from support import report
 
 
-# Flags beat a data set's defaults, and both beat the algorithm's row. Learning rates are for adapters unless said otherwise.
-DEFAULTS = {
-    "demo": dict(full=True, steps=100, prompts=16, samples=8, max_new=12, lr=1e-3, warmup=10, checkpointing=False, kl_coef=0.0, eval_samples=4),
-    "medqa": dict(model="Qwen/Qwen2.5-3B", template="plain", steps=300, lr=1e-5, max_new=512),      # base model, as in the paper; the rest is our choice
-}
-DEFAULTS["medqa-4"] = DEFAULTS["medqa"]
-DEFAULTS["demo-images"] = DEFAULTS["demo"] | dict(steps=120, prompts=12, max_new=32, eval_every=25, lr=5e-4)
-IMAGES = dict(model="Qwen/Qwen2.5-VL-3B-Instruct", steps=200, lr=1e-5, max_new=256, max_prompt=2048)        # bccd and MedMNIST; 200 steps as in Visual-RFT
-DEFAULTS |= {name: IMAGES for name in ("bccd", *images.NAMES)}
+DEFAULTS = {name: source.defaults for name, source in data.LOADERS.items()}
 DEMO_ALGOS = {         # what the demo needs beside them; settings that worked in trials
     "ppo": dict(full=False, lora=16, critic="lora", critic_warmup=16, lr=1e-3, value_lr=3e-3),
     "sft": dict(prompts=32),
@@ -560,7 +551,7 @@ def fold(*parts) -> int:
 # --------------------------------------------------------------------------------------------- setting up
 def load_splits(config: Config) -> dict[str, list]:
     """train, dev and test, no item in two of them; what was dropped is said."""
-    splits = {name: data.load(config.dataset, name, config.data_dir or None, task=config.task, target=config.target) for name in data.SPLITS}
+    splits = {name: data.load(config.dataset, name, config.data_dir or None, task=config.task) for name in data.SPLITS}
     for name, held_out in (("dev", splits["test"]), ("train", splits["dev"] + splits["test"])):
         kept = data.without(splits[name], held_out)
         if len(kept) < len(splits[name]):
@@ -572,8 +563,6 @@ def load_splits(config: Config) -> dict[str, list]:
         splits["train"] = data.few_shot(splits["train"], config.shots, config.seed)
     splits = {name: items[:(config.limit if name == "train" else config.eval_limit) or None] for name, items in splits.items()}
     splits = {name: data.with_knowledge(items, config.dataset, config.knowledge, config.knowledge_file) for name, items in splits.items()}
-    if config.balanced:
-        splits["train"] = data.balanced(splits["train"], config.seed)
     if config.shuffle_options:
         splits = {name: [data.shuffle_options(item, config.seed) for item in items] for name, items in splits.items()}
     return splits
@@ -605,10 +594,7 @@ def validate(config: Config) -> None:
         if condition:
             raise UsageError(message)
     refuse(config.samples < 2 and config.advantage == "group" and config.algo != "sft", f"--samples {config.samples}: {config.algo} compares the samples of a group, and a group of 1 has nothing to compare; use at least 2")
-    images.check(config.dataset, config.data_dir, config.task, config.target)
-    refuse(not data.is_known(config.dataset) and not Path(config.dataset).exists(),
-           f"no data set named {config.dataset!r}, and no file or folder of that name: "
-           f"there are {data.OFFERED}")
+    data.source_of(config.dataset, config.data_dir, config.task)
     refuse(not config.model and config.dataset not in ("demo", "demo-images"), f"--dataset {config.dataset} needs --model: a Hugging Face folder or hub name")
     for least, names in ((1, ("prompts", "samples", "sample_rows", "max_new", "max_prompt", "steps", "updates", "minibatches", "keep")),
                          (0, ("micro_batch", "eval_samples", "eval_every", "save_every", "min_think", "refills", "limit", "eval_limit", "warmup", "critic_warmup", "kl_coef", "shots", "max_pixels",
@@ -641,10 +627,16 @@ def validate(config: Config) -> None:
     refuse(not 0 <= config.clip_low < 1 or config.clip_high < 0, "--clip-low must be in [0, 1) and --clip-high at least 0")
 
 
+GONE = {
+    "--target": "use --dataset bccd-rbc or --dataset bccd-platelets; bccd is the white cells",
+    "--balanced": "repeat the items of rarer classes in a JSONL file of your own",
+}
+
+
 def read_flags(argv: list[str] | None) -> tuple[dict, Path | None]:
     """The flags that were given, by field name, and the folder of --resume."""
     p = evaluation.Parser(prog="train.py", description="Reinforcement fine-tuning with verifiable rewards. Without flags: the demo. "
-                          "What a data set or a recipe needs stands before the defaults below: DEFAULTS and RECIPES in train.py.", allow_abbrev=False)
+                          "What a data set or a recipe needs stands before the defaults below: LOADERS in data.py, RECIPES in train.py.", allow_abbrev=False)
     p.add_argument("--recipe", choices=tuple(RECIPES), default=argparse.SUPPRESS, help="a published setting; flags beat it")
     p.add_argument("--export", metavar="DIR", default=argparse.SUPPRESS, help="at the end, write the trained model as a plain Hugging Face folder; with --resume also of a run that is done")
     p.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS, help="only check everything, print the memory table and run the longest batch; nothing is written")
@@ -659,6 +651,8 @@ def read_flags(argv: list[str] | None) -> tuple[dict, Path | None]:
         flag = unknown[0].split("=")[0]
         if flag in ("--top-p", "--top-k"):
             raise UsageError(f"{flag} is not for training: tokens that the sampler never draws would still have probability in the loss")
+        if flag in GONE:
+            raise UsageError(f"{flag} is gone: {GONE[flag]}")
         close = difflib.get_close_matches(flag, [option for action in p._actions for option in action.option_strings], 1)
         raise UsageError(f"unknown flag {unknown[0]}" + (f": did you mean {close[0]}?" if close else ": see --help"))
     given = vars(args)
@@ -674,9 +668,7 @@ def make_config(given: dict) -> Config:
     algo = given.get("algo", own_algo)
     published = recipe["task"] | (recipe["algorithm"] if algo == own_algo else {})
     demo = DEMO_ALGOS.get(algo, {}) if dataset in ("demo", "demo-images") else {}
-    # retinamnist-28: the settings of retinamnist
-    family = dataset.partition("-")[0] if images.is_medmnist(dataset) else dataset
-    defaults = dict(DEFAULTS.get(family, {}))
+    defaults = dict(DEFAULTS.get(dataset, {}))
     if algo == "sft":
         defaults.pop("samples", None)
     if given.get("hackable"):

@@ -38,7 +38,7 @@ RULES = [                               # (what a command looks like, the flags 
     (r"eval\.py (runs/boxes|RUN)", "--limit 2"),
     (r"train\.py --dataset demo-images", "--steps 2 --eval-limit 8"),
     (r"--model tiny-vl|eval\.py runs/(cells|demo)", ""),
-    (r"^python (grpo|rewards)\.py|^python -c|report\.py", ""),
+    (r"^python (grpo|rewards|data)\.py|^python -c|report\.py", ""),
     (r"^torchrun", f"{FEW} --model TEXT --template plain"),
     (r"benchmarks/gpu\.py", ""),        # skips itself without a GPU
     (r"benchmarks/tables\.py", "--check"),

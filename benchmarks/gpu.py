@@ -91,7 +91,7 @@ def limits(size) -> dict:
 
 
 def items_of(size) -> list:
-    return demo.demo_items("train")[:size.prompts]
+    return data.load("demo", "train", limit=size.prompts)
 
 
 def text_policy(size, lora: int, dtype: torch.dtype = torch.bfloat16, **kwargs) -> Policy:

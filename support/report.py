@@ -26,11 +26,10 @@ if __name__ == "__main__":  # started by its path, Python looks for modules besi
 
 import data
 import eval as evaluation
-import images
 import rewards
 import runs
 from data import Item
-from support import charts
+from support import charts, hub, image_sets, pictures
 from support.errors import UsageError
 
 # The log holds the whole of their items: nothing is loaded for them.
@@ -70,10 +69,10 @@ def local_items(config: dict) -> list[Item]:
     dataset, folder = config["dataset"], config["data_dir"]
     if dataset in TEXT_SETS:
         return []
-    if not folder and images.is_medmnist(dataset):
-        folder = str(images.cache_dir() / "medmnist")  # a folder that is named is only read
+    if not folder and dataset in image_sets.NAMES:
+        folder = str(hub.cache_dir() / "medmnist")  # a folder that is named is only read
     try:
-        items = data.load(dataset, "train", folder, task=config["task"], target=config["target"])
+        items = data.load(dataset, "train", folder, task=config["task"])
         return data.with_knowledge(items, dataset, config["knowledge"], config["knowledge_file"])
     except (UsageError, OSError) as error:
         # Not on the page, which is passed on: the message names folders of this machine.
@@ -120,8 +119,8 @@ def pictures_of(groups: list[dict], items: dict[str, Item]) -> tuple[dict[str, l
     packed = {}
     for item in found[:PICTURES]:
         with suppress(UsageError):  # moved or damaged since: counted below
-            sources = images.sources(item)
-            packed[item.id] = [packed_png(images.open_image(source)) for source in sources]
+            sources = pictures.sources(item.image)
+            packed[item.id] = [packed_png(pictures.open_image(source)) for source in sources]
     missing = len(found) - len(packed)
     return packed, [f"the pictures of {missing} items"] if missing else []
 
@@ -200,7 +199,7 @@ def accuracies(results: dict) -> str:
 
 def short(name: str) -> str:
     """A data set or model without the folders of this machine: the page is passed on."""
-    return Path(name).name if data.is_path(name) else name
+    return Path(name).name if hub.is_path(name) else name
 
 
 def facts(config: dict, versions: dict, step: int) -> str:
@@ -211,7 +210,7 @@ def facts(config: dict, versions: dict, step: int) -> str:
         batch = f"{config['prompts']} demonstrations"
     told = {
         "algorithm": config["algo"],
-        "data set": " ".join([short(config["dataset"]), config["task"], config["target"]]),
+        "data set": " ".join([short(config["dataset"]), config["task"]]),
         "reward": config["reward"],
         "model": "tiny, made in code" if made_here else short(config["model"]),
         "begun from": Path(config["init"]).name,
@@ -254,13 +253,13 @@ def page(run: Path, items: list[Item] | None = None) -> str:
     by_id = {item.id: item for item in (local_items(config) if items is None else items)}
     by_group = groupby(rows, lambda row: (row["step"], row["group"]))
     groups = [group_of(list(group), by_id, config) for _, group in by_group]
-    pictures, unseen = pictures_of(groups, by_id)
+    shown, unseen = pictures_of(groups, by_id)
     left_out += lost + unseen
     if groups and not by_id and config["dataset"] not in TEXT_SETS:
         left_out.append("pictures and prompts, since the data set is not at hand")
     weights = rewards.weights(SimpleNamespace(**config), groups[0]["task"]) if groups else {}
 
-    log = {"groups": groups, "pictures": pictures, "colours": STAGE_COLOURS, "weights": weights}
+    log = {"groups": groups, "pictures": shown, "colours": STAGE_COLOURS, "weights": weights}
     script = own_file("js")
     script_hash = hashlib.sha256(script.encode()).digest()
     return Template(own_file("html")).substitute(

@@ -1,162 +1,223 @@
-"""Data: what is read, what is refused and where, and the order of items."""
+"""Data: which sets there are, what is refused, and the order of items."""
+
+import doctest
 import json
 import os
 import subprocess
 import sys
-import zipfile
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
+from helpers import refused
+from PIL import Image
 
 import data
-import demo as demos
-from data import Item, UsageError, batch_for_step
+from data import Item, batch_for_step
+from support import image_sets
 
-ROW = {"question": "Q?", "options": {"A": "one", "B": "two", "C": "three"}, "answer": "two", "answer_idx": "B"}
+ROW = {"question": "Q?", "options": {"A": "one", "B": "two", "C": "three"}, "answer": "A"}
 
 
 def write(path, *rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
-    return path
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 
-def test_medqa_both_layouts(tmp_path):
-    us = tmp_path / "data_clean/questions/US"
-    write(us / "test.jsonl", ROW, ROW | {"answer_idx": "C"})
-    write(us / "4_options/phrases_no_exclude_test.jsonl", ROW | {"question": "Four?"})
-    items = data.load("medqa", "test", str(tmp_path))
-    assert [(i.answer, i.options, i.task) for i in items] == [("B", ("one", "two", "three"), "choice"), ("C", ("one", "two", "three"), "choice")]
-    assert data.load("medqa-4", "test", str(tmp_path))[0].question == "Four?"
-    assert len(data.load("medqa", "test", str(tmp_path), limit=1)) == 1
+def test_doctests():
+    failed, tried = doctest.testmod(data)
+    assert tried >= 2 and failed == 0
 
 
-def test_medqa_from_the_hub_archive_without_unpacking(tmp_path, monkeypatch):
-    archive = tmp_path / "data_clean.zip"
-    with zipfile.ZipFile(archive, "w") as z:
-        z.writestr("data_clean/questions/US/dev.jsonl", json.dumps(ROW) + "\n")
-        z.writestr("../escape.txt", "never written")
-    monkeypatch.setattr(data, "fetch", lambda repo, name: str(archive))
-    assert data.load("medqa", "dev")[0].answer == "B"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["data_clean.zip"]
+def test_importing_data_does_not_import_torch():
+    code = "import sys, data; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    root = Path(data.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "False"]
 
 
-def test_real_medqa(medqa_dir):
-    splits = {name: data.load("medqa", name, medqa_dir) for name in data.SPLITS}
-    assert {name: len(items) for name, items in splits.items()} == {"train": 700, "dev": 100, "test": 100}
-    assert all(len(i.options) == 5 and i.answer in "ABCDE" for items in splits.values() for i in items)
-    assert data.without(splits["train"], splits["test"] + splits["dev"]) == splits["train"]
+# --------------------------------------------------------------------------------- the data sets
+def test_every_row_of_the_table_is_whole():
+    import train  # noqa: PLC0415 (all of Config and torch: for this test alone)
+
+    known = {field.name for field in fields(train.Config)}
+    for name, source in data.LOADERS.items():
+        assert set(source.defaults) <= known, name
+        assert source.tasks and set(source.tasks) <= set(data.WANTED), name
+        assert source.splits and set(source.splits) <= set(data.SPLITS), name
+        assert source.about and "\n" not in source.about, name
+    assert {"bccd", "bccd-rbc", "bccd-platelets", *image_sets.NAMES} <= set(data.LOADERS)
 
 
-@pytest.mark.parametrize("row, words", [
-    ("{bad", "not JSON"), ("[1]", "one JSON object"), ({"question": "", "options": ["a", "b"], "answer": "A"}, "'question'"),
-    ({"question": "Q", "options": ["a"], "answer": "A"}, "'options'"), ({"question": "Q", "options": ["a", "b"], "answer": "C"}, "'C'"),
-    ({"question": "Q", "options": ["a", "b"]}, "no 'answer'"), ({"question": "Q", "options": ["a", "A "], "answer": "A"}, "same text"),
-    ({"question": "Q", "options": {"A": "a", "C": "b"}, "answer": "A"}, "without a gap"), ('{"question": "' + "x" * data.MAX_LINE + '"}', "limit"),
-    ({"question": "Q", "options": [1, 2], "answer": "A"}, "'options'"), ("[" * 100_000, "not JSON"), ('{"question": "Q", "n": ' + "1" * 5000 + "}", "not JSON"), ('{"question": "\\ud800"}', "not JSON"), ({"question": "Q", "options": ["a", "b"], "answer": "AB"}, "'AB'")])
-def test_own_jsonl_refuses_by_file_and_line(tmp_path, row, words):
-    path = write(tmp_path / "mine.jsonl", ROW | {"answer": "A"}, row)
-    with pytest.raises(UsageError) as error:
-        data.load(str(path), "train")
-    assert f"{path}, line 2" in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+def test_a_new_data_set_is_a_row(monkeypatch):
+    def rows(split, data_dir, task):
+        return [{"id": split, "task": task, "question": "?", "options": ("a", "b"), "answer": "A"}]
+
+    source = data.Source(rows, splits=("train", "test"), instruction="Reply.", about="mine")
+    monkeypatch.setitem(data.LOADERS, "new", source)
+    [item] = data.load("new", "train")
+    assert (item.id, item.task) == ("train", "choice")
+    assert data.messages(item, "direct")[0]["content"].startswith("Reply. Give only the letter")
+    refused(lambda: data.load("new", "dev"), "new", "its split is train, test")
 
 
-def test_own_jsonl_that_is_not_utf8(tmp_path):
-    path = tmp_path / "mine.jsonl"
-    path.write_bytes(json.dumps(ROW).encode() + b"\n" + b'{"question": "caf\xe9"}\n')
-    with pytest.raises(UsageError, match="UTF-8"):
-        data.load(str(path), "train")
+def test_the_table_can_be_read_by_a_user():
+    path = Path(data.__file__)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(data.DATASETS) + 11
+    assert any(line.startswith("dermamnist ") and "CC BY-NC 4.0" in line for line in lines)
 
 
-def test_duplicate_options_of_a_published_set_are_kept_and_counted(tmp_path, capsys):
-    write(tmp_path / "data_clean/questions/US/test.jsonl", ROW, ROW | {"options": {"A": "same", "B": "same"}})
-    assert len(data.load("medqa", "test", str(tmp_path))) == 2
-    assert "1 of 2 questions" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (("nothing", "train"), ("demo, demo-images, medqa", "the MedMNIST sets", "JSONL")),
+        (("the MedMNIST sets (retinamnist, retinamnist-28, ...)", "train"), ("no data set",)),
+        (("demo", "valid"), ("train, dev, test",)),
+        (("demo", "train", None, 0), ("the limit 0",)),
+        (("chestmnist", "train"), ("multi-label",)),
+        (("chestmnist-28", "train"), ("multi-label",)),
+        (("retinamnist-99", "train"), ("retinamnist-28", "retinamnist-224")),
+        (("bccd", "train"), ("git clone https://github.com/Shenggan/BCCD_Dataset", "--data-dir")),
+        (("bccd", "train", "D", None, "grade"), ("'grade'", "localize and classify")),
+        (("bccd-rbc", "train", "D", None, "classify"), ("'classify'", "localize")),
+        (("medqa", "train", None, None, "localize"), ("medqa", "'localize'", "choice")),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_read(call, words):
+    refused(lambda: data.load(*call), *words)
 
 
+def test_the_names_of_bccd_are_the_kinds_of_cells(medqa_dir):
+    kinds = {"bccd": "white blood cell", "bccd-rbc": "red blood cell", "bccd-platelets": "platelet"}
+    for name, kind in kinds.items():
+        items = data.load(name, "dev", medqa_dir, limit=2)
+        assert all(item.task == "localize" and f"every {kind} " in item.question for item in items)
+    assert data.load("bccd", "dev", medqa_dir, task="classify")[0].task == "classify"
+
+
+# ------------------------------------------------------------------------------------- your own
 def test_own_file_is_split_by_content(tmp_path):
-    rows = [{"question": f"Q{i}?", "options": ["a", "b"], "answer": "A", "id": f"i{i}"} for i in range(300)]
+    rows = [{**ROW, "question": f"Q{i}?", "id": f"i{i}"} for i in range(300)]
     path = write(tmp_path / "mine.jsonl", *rows)
-    parts = {name: {i.id for i in data.load(str(path), name)} for name in data.SPLITS}
-    assert sum(map(len, parts.values())) == 300 and len(set.union(*parts.values())) == 300 and len(parts["test"]) > 10
-    write(tmp_path / "mine.jsonl", *reversed(rows))                           # the order of lines does not move an item to another split
-    assert {name: {i.id for i in data.load(str(path), name)} for name in data.SPLITS} == parts
+
+    def parts():
+        return {name: {item.id for item in data.load(path, name)} for name in data.SPLITS}
+
+    first = parts()
+    assert sum(map(len, first.values())) == 300 and len(set.union(*first.values())) == 300
+    assert min(map(len, first.values())) > 10
+    write(tmp_path / "mine.jsonl", *reversed(rows))
+    assert parts() == first  # the order of lines does not move an item to another split
 
 
-@pytest.mark.parametrize("call, words", [(("nothing", "train"), "demo, demo-images, medqa"), (("demo", "valid"), "train, dev, test"), (("medqa", "test", "/nowhere"), "data_clean")])
-def test_names_that_do_not_exist(call, words):
-    with pytest.raises(UsageError, match=words):
-        data.load(*call)
+def test_a_patient_is_not_cut_in_two(tmp_path):
+    for i in range(60):
+        Image.fromarray(np.full((4, 4), i, np.uint8)).save(tmp_path / f"{i}.png")
+    labels = {"label": "cat", "labels": ["cat", "dog"]}
+    rows = [{"image": f"{i}.png", "patient": f"p{i % 20}", **labels} for i in range(60)]
+    path = write(tmp_path / "mine.jsonl", *rows)
+    patients = [{item.patient for item in data.load(path, name)} for name in data.SPLITS]
+    assert sum(map(len, patients)) == len(set.union(*patients)) == 20
+
+
+def test_own_folder_has_a_file_for_each_split(tmp_path):
+    write(tmp_path / "train.jsonl", ROW)
+    [item] = data.load(str(tmp_path), "train", limit=5)
+    assert item.id == "train-train-1"
+    refused(lambda: data.load(str(tmp_path), "dev"), str(tmp_path / "dev.jsonl"), "is not there")
+    refused(lambda: data.load(str(tmp_path), "train", task="grade"), "--task grade", "choice")
 
 
 def test_only_names_are_known_and_no_sentence_of_help():
-    assert all(data.is_known(name) for name in (*data.DATASETS, "retinamnist", "retinamnist-28"))
+    known = ("demo", "medqa", "retinamnist", "retinamnist-28")
+    assert all(name in data.LOADERS for name in known)
     told = "the MedMNIST sets (retinamnist, retinamnist-28, ...)"
-    assert not data.is_known(told) and not data.is_known("") and not data.is_known("demo, medqa")
-    with pytest.raises(UsageError, match="the MedMNIST sets"):
-        data.load("nothing", "train")
+    assert not {told, "", "demo, medqa"} & set(data.LOADERS)
+    refused(lambda: data.load("nothing", "train"), "the MedMNIST sets")
 
 
-@pytest.mark.parametrize("tag", ["<think>", "</think>", "<answer>", "</answer>"])
-def test_a_rationale_with_a_tag_is_refused(tmp_path, tag):
-    """SFT would teach a second block, which is malformed."""
-    path = write(tmp_path / "m.jsonl", ROW | {"answer": "A", "rationale": f"one {tag} two"})
-    with pytest.raises(UsageError, match="line 1: 'rationale' holds a tag"):
-        data.load(str(path), "train")
+def test_a_line_is_refused_by_file_and_line(tmp_path):
+    path = write(tmp_path / "mine.jsonl", ROW, ROW | {"answer": "D"})
+    refused(lambda: data.load(path, "train"), f"{path}, line 2: ", "'D'")
 
 
-def test_double_ids_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="line 2: the id 'x' stands in line 1"):
-        data.load(str(write(tmp_path / "m.jsonl", ROW | {"id": "x", "answer": "A"}, ROW | {"id": "x", "answer": "A"})), "train")
-
-
+# ------------------------------------------------------------------------------ splits and order
 def test_overlap_is_found_by_question_and_options():
     item = Item("1", "choice", "Which is true?", ("a", "b"), "A")
-    same, other = Item("2", "choice", " which  is TRUE?", ("b", "a"), "B"), Item("3", "choice", "Which is true?", ("c", "d"), "A")
+    same = Item("2", "choice", " which  is TRUE?", ("b", "a"), "B")
+    other = Item("3", "choice", "Which is true?", ("c", "d"), "A")
     assert data.without([same, other], [item]) == [other]
 
 
-def test_demo_splits_share_nothing_and_fit_the_tokenizer():
-    splits = {name: data.load("demo", name) for name in data.SPLITS}
-    prints = [data.fingerprint(i) for items in splits.values() for i in items]
-    assert len(prints) == len(set(prints)) == 3500
-    findings = lambda item: frozenset(item.question.split(" has ")[1].split(" . ")[0].split(" and "))
-    trained = {findings(i) for i in splits["train"]}
-    assert not trained & {findings(i) for i in splits["test"] + splits["dev"]}
-    words = set(demos.demo_words())
-    for item in splits["test"]:
-        assert set((data.messages(item)[1]["content"] + " " + data.completion(item)).split()) <= words
-    assert all(i.options["ABCDE".index(i.answer)] == i.rationale.split()[-1] for items in splits.values() for i in items)
-
-
-def test_the_demo_is_the_same_in_every_process():
-    """It once came out of the iteration of a set of words, which differs from process to process."""
-    code = "import data; print([data.set_fingerprint(data.load('demo', s)) for s in data.SPLITS], [i.id for i in data.batch_for_step(data.load('demo', 'dev'), 3, 5, (1, 2))])"
-    outputs = {subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, cwd=Path(data.__file__).parent, capture_output=True, text=True,
-                              check=True).stdout for seed in "01"}
+def test_the_fingerprint_of_a_set_is_the_same_in_every_process():
+    code = (
+        "import data; items = data.load('demo', 'dev'); print(data.set_fingerprint(items), "
+        "[item.id for item in data.batch_for_step(items, 3, 5, (1, 2))])"
+    )
+    outputs = set()
+    for seed in "01":
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=Path(data.__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        outputs.add(done.stdout)
     assert len(outputs) == 1
 
 
 def test_batches_are_pages_of_seeded_epochs():
     items = [Item(str(i), "choice", f"Q{i}", ("a", "b"), "A") for i in range(10)]
     seen = [item.id for step in range(5) for item in batch_for_step(items, step, 4, seed=1)]
-    assert Counter(seen[:10]) == Counter(seen[10:]) == Counter(str(i) for i in range(10)) and seen[:10] != seen[10:]
-    assert [i.id for i in batch_for_step(items, 3, 4, 1)] == seen[12:16]                          # no cursor
-    assert batch_for_step(items, 0, 4, 2) != batch_for_step(items, 0, 4, 1) != batch_for_step(items, 0, 4, (1, 1))
+    assert Counter(seen[:10]) == Counter(seen[10:]) == Counter(str(i) for i in range(10))
+    assert seen[:10] != seen[10:]
+    assert [item.id for item in batch_for_step(items, 3, 4, 1)] == seen[12:16]  # no cursor
+    seeds = (2, 1, (1, 1))
+    first, second, third = (batch_for_step(items, 0, 4, seed) for seed in seeds)
+    assert first != second and second != third
+    refused(lambda: batch_for_step([], 0, 4, 1), "no items")
 
 
 def test_shuffled_options_keep_the_gold_text():
     items = data.load("demo", "test")[:50]
-    shuffled = [data.shuffle_options(i, 3) for i in items]
-    assert all(i.options["ABCDE".index(i.answer)] == s.options["ABCDE".index(s.answer)] for i, s in zip(items, shuffled))
-    assert shuffled == [data.shuffle_options(i, 3) for i in items] and shuffled != items
-    assert shuffled[7] == data.shuffle_options(items[7], 3)                   # a function of (seed, id), not of the position
+    shuffled = [data.shuffle_options(item, 3) for item in items]
+    for before, after in zip(items, shuffled):
+        gold = before.options["ABCDE".index(before.answer)]
+        assert gold == after.options["ABCDE".index(after.answer)]
+    assert shuffled != items
+    # A function of (seed, id), not of the position.
+    assert shuffled[7] == data.shuffle_options(items[7], 3)
 
 
-def test_prompts_hold_every_option_and_end_open():
+def test_names_are_shuffled_and_grades_are_not():
+    names = Item("i", "classify", "?", ("a", "b", "c", "d"), "c")
+    orders = {data.shuffle_options(names, seed).options for seed in range(20)}
+    assert len(orders) > 5 and {tuple(sorted(order)) for order in orders} == {names.options}
+    assert data.shuffle_options(names, 1).answer == "c"
+    grades = Item("i", "grade", "?", ("0", "1", "2"), "1")
+    assert data.shuffle_options(grades, 1) == grades
+
+
+def test_rotated_options_keep_the_gold_text():
+    item = Item("i", "choice", "?", ("a", "b", "c"), "A")
+    assert data.rotate_options(item, 1).options == ("b", "c", "a")
+    assert [data.rotate_options(item, by).answer for by in (1, 2, 3, 4)] == ["C", "B", "A", "C"]
+
+
+# --------------------------------------------------------------------------------------- prompts
+@pytest.mark.parametrize("style", ["think", "direct", "cot"])
+def test_prompts_hold_every_option_and_end_open(style):
     item = data.load("demo", "test")[0]
-    for style in ("think", "direct", "cot"):
-        text = data.plain_text(data.messages(item, style))
-        assert all(f"{letter}. {option}" in text for letter, option in zip("ABCDE", item.options)) and text.endswith("Assistant:")
-    assert "<think>" not in data.messages(item, "direct")[0]["content"]
+    text = data.plain_text(data.messages(item, style))
+    for letter, option in zip("ABCDE", item.options):
+        assert f"{letter}. {option}" in text
+    assert text.startswith("Answer the medical question. ") and text.endswith("Assistant:")
+    assert ("<think>" in data.messages(item, style)[0]["content"]) == (style == "think")

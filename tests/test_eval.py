@@ -183,7 +183,7 @@ def test_contamination_is_counted(folders, tmp_path):
     rows = [json.dumps({"question": i.question, "options": list(i.options), "answer": i.answer}) for i in items]
     for name, part in (("train", rows[:20]), ("dev", rows[20:25]), ("test", rows[25:] + rows[:3])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(part) + "\n")
-    run = {"dataset": str(tmp_path), "data_dir": "", "limit": 0, "task": "", "target": ""}
+    run = {"dataset": str(tmp_path), "data_dir": "", "limit": 0, "task": ""}
     assert evaluation.seen_in_training(items, run) == 17                      # training leaves out the three that stand in its own test set
     assert evaluation.seen_in_training(items, run | {"dataset": "gone"}) is None
 
@@ -193,7 +193,7 @@ def test_ask_prints_one_answer(folders, capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags, words", [(["--dataset", "nothing"], "demo, demo-images, medqa"), (["--json", "/nowhere/f.json"], "does not exist"), (["--max-new", "0"], "at least 1"), (["--limit", "0"], "at least 1")])
+@pytest.mark.parametrize("flags, words", [(["--dataset", "nothing"], "demo, demo-images, medqa"), (["--json", "/nowhere/f.json"], "does not exist"), (["--max-new", "0"], "at least 1"), (["--limit", "0"], "at least 1"), (["--target", "RBC"], "--dataset bccd-rbc")])
 def test_mistakes_are_answered_before_the_model_is_loaded(flags, words, folders, monkeypatch):
     monkeypatch.setattr(runs, "open_policy", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match=words):

@@ -49,6 +49,7 @@ def test_a_fork_trains_is_evaluated_and_keeps_its_examples(what, flags, diff, tm
     assert len(DIFFS) == 3
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "support", tmp_path / "support")
     apply(diff, tmp_path)
     demo.demo_policy(0).save_folder(tmp_path / "model")
     flags = flags.replace(" --model DIR", "")

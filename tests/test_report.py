@@ -23,14 +23,13 @@ from PIL import Image
 
 import data
 import eval as evaluation
-import images
 import rewards
-from support import charts, report
+from support import charts, hub, report
 from support.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
-    **dict(dataset="demo", data_dir="", task="", target="", knowledge="none", knowledge_file=""),
+    **dict(dataset="demo", data_dir="", task="", knowledge="none", knowledge_file=""),
     **dict(style="think", model="", init="", algo="grpo", full=True, lora=16, prompts=4),
     **dict(samples=4, steps=9, lr=1e-3, seed=0, reward="med-rlvr", w_format=0.5, w_leak=0.0),
     **dict(w_before=0.0, w_short=0.0, w_overlong=0.0, recite=0.0),
@@ -382,8 +381,8 @@ def test_nothing_is_downloaded(read, monkeypatch, tmp_path, dataset):
         pytest.fail("the network was asked")
 
     monkeypatch.setenv("MEDRL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "fetch", asked)
-    monkeypatch.setattr(images, "download", asked)
+    monkeypatch.setattr(hub, "fetch", asked)
+    monkeypatch.setattr(hub, "download", asked)
     monkeypatch.setattr("urllib.request.urlopen", asked)
     page = read([rollout(1)], [metric(1)], dataset=dataset)
     in_log = dataset in report.TEXT_SETS

@@ -353,6 +353,7 @@ def test_same_seed_same_first_samples(model_dir):
     (["--dataset", "nothing"], "demo, demo-images, medqa"), (["--temperature", "0"], "above 0"), (["--w-format", "2"], "--w-format"),
     (["--device", "cuda"], "cuda"), (["--lora", "0", "--no-full"], "--full"), (["--device", "gpu"], "--device gpu"), (["--model", "./no/such"], "no such folder"), (["--lr", "nan"], "--lr"),
     (["--micro-batch", "-1"], "--micro-batch"), (["--algo", "ppo", "--kl", "k3"], "k1"), (["--init", "nowhere"], "--init nowhere"), (["--steps", "x"], "invalid int"), (["--resume", "/nowhere"], "run.json"),
+    (["--target", "RBC"], "--dataset bccd-rbc"), (["--balanced"], "--balanced is gone"), (["--dataset", "retinamnist-99"], "retinamnist-28"), (["--task", "grade"], "only for choice"),
     (["--max-prompt", "5"], "--max-prompt 5")])
 def test_mistakes_get_one_line(flags, words, tmp_path, model_dir):
     if "--max-prompt" in flags:

@@ -10,26 +10,26 @@ from safetensors.torch import load_file
 import data
 import demo as demos
 import eval as evaluation
-import images
 import runs
 import train
 from data import Item, UsageError
+from support import image_sets
 
 ITEM = Item("i", "classify", "What is it?", ("nevus", "melanoma"), "nevus", image=np.zeros((28, 28), np.uint8))
 GOOD = "<!-- a note -->\n# task\nA skin lesion.\n\n## nevus\nEven and\nbrown.\n## melanoma\nUneven.\n"
 
 
 # ------------------------------------------------------------------------------------------- knowledge
-@pytest.mark.parametrize("name", [n for n in images.NAMES if n != "chestmnist"] + ["retinamnist-28", "bccd", "demo-images classify", "demo-images grade", "demo-images localize"])
+@pytest.mark.parametrize("name", [*image_sets.MEDMNIST, "retinamnist-28", "bccd", "bccd-rbc", "demo-images classify", "demo-images grade", "demo-images localize"])
 def test_every_class_is_described(name):
     dataset, _, task = name.partition(" ")
-    if dataset == "bccd":
-        items = [replace(ITEM, options=tuple(images.BLOOD_CELLS.values()))]
+    if dataset.startswith("bccd"):
+        items = [replace(ITEM, options=tuple(image_sets.BLOOD_CELLS.values()))]
     elif dataset == "demo-images":
-        items = demos.lesion_items("dev", task)[:1]
+        items = data.load("demo-images", "dev", limit=1, task=task)
     else:
-        kind, options, _, _ = images.MEDMNIST[dataset.partition("-")[0]]
-        items = [replace(ITEM, task="grade" if kind == "ordinal-regression" else "classify", options=options)]
+        one = image_sets.MEDMNIST[dataset.partition("-")[0]]
+        items = [replace(ITEM, task=one.task, options=tuple(one.labels.split("|")))]
     (item,) = data.with_knowledge(items, dataset, "class")
     named = {text.partition(": ")[0] for text in item.knowledge[1:]}
     assert named >= set(item.options)
@@ -134,7 +134,7 @@ def test_the_recipe_runs_on_a_file_of_the_real_schema_and_logs_each_part(retina,
 
 def test_boxes_first_then_grades(tmp_path):
     """--init carries the policy, and the classifier after boxes alone can be evaluated."""
-    items = demos.lesion_items("train", "localize")[:100] + demos.lesion_items("train", "grade")[:100]
+    items = [item for task in ("localize", "grade") for item in data.load("demo-images", "train", limit=100, task=task)]
     base = tmp_path / "base"
     demos.tiny_vl_policy(0, [data.messages(i)[1]["content"] + data.completion(i) for i in items]).save_folder(base)
     boxes, grades, common = tmp_path / "boxes", tmp_path / "grades", ["--dataset", "demo-images", "--model", str(base), *FAST, "--lr", "0.01", "--algo", "sft", "--samples", "1"]
