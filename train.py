@@ -58,8 +58,10 @@ DEMO_ALGOS = {         # what the demo needs beside them; settings that worked i
 ALGOS = {
     "grpo": dict(scale="std", weights="sequence", kl="k3", kl_coef=0.04),                     # arXiv 2402.03300; beta 0.04 as in Visual-RFT and kin
     "dr_grpo": dict(scale="none", weights="constant"),                                        # arXiv 2503.20783
-    "dapo": dict(scale="std", weights="token", clip_high=0.28, dynamic=True, w_overlong=1.0,  # arXiv 2503.14476
-                 minibatches=4),        # our choice: the paper takes 16; with 1 ratio and clip cannot act
+    # arXiv 2503.14476. Our choice: 4 optimiser steps a rollout, where the paper takes 16. With one
+    # the ratio is always 1 and the clip cannot act; so it is in gspo too, where 4 are the paper's.
+    "dapo": dict(scale="std", weights="token", clip_high=0.28, dynamic=True, w_overlong=1.0,
+                 minibatches=4),
     "rloo": dict(scale="none", leave_one_out=True, weights="constant"),                       # arXiv 2402.14740
     "gspo": dict(scale="std", weights="sequence", ratio="sequence", clip_low=3e-4, clip_high=4e-4,
                  minibatches=4),        # all of it arXiv 2507.18071, section 5.1
@@ -640,8 +642,9 @@ def read_flags(argv: list[str] | None) -> tuple[dict, Path | None]:
     p.add_argument("--recipe", choices=tuple(RECIPES), default=argparse.SUPPRESS, help="a published setting; flags beat it")
     p.add_argument("--export", metavar="DIR", default=argparse.SUPPRESS, help="at the end, write the trained model as a plain Hugging Face folder; with --resume also of a run that is done")
     p.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS, help="only check everything, print the memory table and run the longest batch; nothing is written")
-    p.add_argument("--resume", metavar="RUN", help="go on with a run where its newest checkpoint stands; of the flags only --steps (with a constant "
-                   "learning rate) and --device may change")
+    p.add_argument("--resume", metavar="RUN",
+                   help="go on with a run where its newest checkpoint stands; of the flags only "
+                   "--steps (with a constant learning rate) and --device may change")
     for f in fields(Config):
         options = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {"type": type(f.default), "choices": f.metadata["choices"]}
         p.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options,

@@ -302,7 +302,7 @@ def test_the_cosine_is_transformers(steps, warmup):
     theirs = []
     for _ in range(steps):
         optimizer.step()
-        scheduler.step()                                                      # its first step would be at 0
+        scheduler.step()  # its first step would be at 0
         theirs += scheduler.get_last_lr()
     assert rates(steps=steps, warmup=warmup, schedule="cosine") == pytest.approx(theirs)
 
@@ -322,7 +322,7 @@ def test_the_rate_in_use_is_logged_and_a_falling_one_keeps_its_steps(model_dir, 
     with pytest.raises(UsageError, match="--steps 4 .--schedule cosine") as error:
         train.main(["--resume", str(out), "--steps", "6"])
     assert "\n" not in str(error.value)
-    train.main(["--resume", str(out), "--steps", "4"])                        # the same number is no change
+    train.main(["--resume", str(out), "--steps", "4"])  # the same number is no change
     share = run(model_dir, tmp_path / "share", "--warmup", "0.5", "--steps", "2")
     with pytest.raises(UsageError, match="--steps 2 .*--warmup 0.5"):
         train.main(["--resume", str(share), "--steps", "3"])
