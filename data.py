@@ -14,6 +14,7 @@ from pathlib import Path
 
 from support import demo_task, image_sets, jsonl, pictures, text_sets
 from support.errors import UsageError
+from support.knowledge import texts
 from support.text import LETTERS, flat, says_something
 
 SPLITS = ("train", "dev", "test")
@@ -328,54 +329,21 @@ def batch_for_step(items: list[Item], step: int, n: int, seed) -> list[Item]:
 
 
 # ------------------------------------------------------------------------------------- knowledge
-def with_knowledge(items: list[Item], dataset: str, level: str, file: str = "") -> list[Item]:
-    """Prior knowledge in the prompt (VRFT-Aug's explicit perception augmentation). level: none, task (what kind of image), class (and what each class looks like).
+def with_knowledge(items: list[Item], dataset: str, knowledge: str) -> list[Item]:
+    """Prior knowledge in the prompt: VRFT-Aug's explicit perception augmentation.
 
-    file: Markdown, `# task` and a `## NAME` section for each class; empty = knowledge/DATASET-TASK.md or knowledge/DATASET.md beside this file.
+    knowledge: none, task (what kind of image it is), class (what each class looks like too), or the
+    path of a file of one's own.
     """
-    if level == "none":
+    if knowledge == "none":
         return items
-    folder, base = Path(__file__).parent / "knowledge", Path(dataset).stem
-    stems = [f"{base}-{items[0].task}", base]
+    base, task = Path(dataset).stem, items[0].task
+    stems = [f"{base}-{task}", base]
     if dataset in LOADERS:  # retinamnist-28 and bccd-rbc have the files of retinamnist and bccd
         stems.append(base.partition("-")[0])
-    files = [path for name in stems if (path := folder / f"{name}.md").is_file()]
-    path = Path(file) if file else next(iter(files), None)
-    if path is None:
-        raise UsageError(f"--knowledge {level}: there is none for {dataset}; write a file with a '# task' and a '## NAME' section for each class, and give it by --knowledge-file")
-    sections = read_knowledge(path)
-    names = {name for item in items for name in item.options}
-    if items[0].task != "choice" and names:                                   # boxes have no classes: all sections are told
-        if missing := sorted(names - set(sections)):
-            raise UsageError(f"{path}: no section '## {missing[0]}'; every class needs one: {', '.join(sorted(names))}")
-        if unknown := sorted(set(sections) - names - {"task"}):
-            raise UsageError(f"{path}: the section '## {unknown[0]}' names no class of {dataset}; there are {', '.join(sorted(names))}")
-    told = [sections["task"], *(f"{name}: {text}" for name, text in sections.items() if level == "class" and name != "task")]
-    return [replace(item, knowledge=tuple(told)) for item in items]
-
-
-def read_knowledge(path: Path) -> dict[str, str]:
-    """{"task": text, class name: text, ...}; comments and line breaks inside a section do not count."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    sections: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, 1):
-        if line.startswith("#"):
-            name = line.lstrip("#").strip()
-            if name in sections:
-                raise UsageError(f"{path}, line {number}: a second section {name!r}")
-            sections[name] = []
-        elif sections and not line.startswith("<!--"):
-            sections[list(sections)[-1]].append(line.strip())
-    texts = {name: " ".join(filter(None, of_section)) for name, of_section in sections.items()}
-    for name in ("task", *texts):
-        if not texts.get(name):
-            raise UsageError(f"{path}: the section {name!r} is missing or empty")
-    return texts
+    names = {name for item in items for name in item.options} if task != "choice" else set()
+    told = texts(knowledge, stems, names, dataset)
+    return [replace(item, knowledge=told) for item in items]
 
 
 # --------------------------------------------------------------------------------------- prompts
@@ -396,13 +364,19 @@ WANTED = {
 
 
 def messages(item: Item, style: str = "think") -> list[dict[str, str]]:
-    """The prompt of an item as chat messages, its images left out. style: think (what is trained), direct and cot (the paper's baselines)."""
+    """The prompt of an item as chat messages, its images left out.
+
+    style: think (what is trained), direct and cot (the paper's baselines).
+    """
     wanted = WANTED[item.task]
     if item.task == "localize" and item.frame:
         wanted += " in pixels of a {} x {} image".format(*item.frame)
-    listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, item.options)] if item.task == "choice" else [f"- {text}" for text in item.options]
-    lines = [*item.knowledge, item.question, *listed]
-    return [{"role": "system", "content": f"{item.instruction} {INSTRUCTIONS[style].format(wanted)}"}, {"role": "user", "content": "\n".join(lines)}]
+    listed = [f"- {text}" for text in item.options]
+    if item.task == "choice":
+        listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, item.options)]
+    system = f"{item.instruction} {INSTRUCTIONS[style].format(wanted)}"
+    user = "\n".join([*item.knowledge, item.question, *listed])
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
 def plain_text(chat: list[dict[str, str]]) -> str:

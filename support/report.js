@@ -71,12 +71,16 @@ function picture([width, height, png], gold, said) {
   return frame;
 }
 
-// "accuracy 1 × 1 + malformed 0 × -1, truncated 1": what the reward is made of, then the others.
-function earned(parts) {
-  const term = name => name + " " + number(parts[name]) + " × " + number(log.weights[name]);
-  const paid = Object.keys(log.weights).map(term).join(" + ");
-  const others = Object.keys(parts).filter(name => parts[name] && !(name in log.weights));
-  return [paid, ...others.map(name => name + " " + number(parts[name]))].join(", ");
+// "med-rlvr 1 + leak 1 × -0.5, accuracy 1, format 1": the paper's reward, what guards and recitation
+// add to it, and then the other parts.
+function earned({reward, parts}) {
+  const added = Object.keys(log.terms).filter(name => log.terms[name] && parts[name]);
+  const paid = added.reduce((rest, name) => rest - log.terms[name] * parts[name], reward);
+  const sum = [log.reward + " " + number(paid)];
+  for (const name of added)
+    sum.push(name + " " + number(parts[name]) + " × " + number(log.terms[name]));
+  const others = Object.keys(parts).filter(name => parts[name] && !added.includes(name));
+  return [sum.join(" + "), ...others.map(name => name + " " + number(parts[name]))].join(", ");
 }
 
 // One completion.
@@ -98,7 +102,7 @@ function card(row, group, pictures) {
       make("span", tone, "advantage " + number(advantage)),
       make("span", "cut", finished ? "" : "cut at the limit")),
     make("div", "soft", dot, stage + ", " + row.tokens + " tokens"),
-    make("div", "soft", earned(row.parts)),
+    make("div", "soft", earned(row)),
     make("div", "", said));
   if (localize && pictures.length)
     node.append(picture(pictures[0], group.gold, predicted.slice(0, MOST_BOXES)));

@@ -25,12 +25,11 @@ if __name__ == "__main__":  # started by its path, Python looks for modules besi
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import data
-import eval as evaluation
 import rewards
-import runs
 from data import Item
-from support import charts, hub, image_sets, pictures
+from support import charts, hub, image_sets, pictures, runs, statistics
 from support.errors import UsageError
+from support.parser import Parser
 
 # The log holds the whole of their items: nothing is loaded for them.
 TEXT_SETS = ("demo", "medqa", "medqa-4", "mmlu-pro-health")
@@ -73,7 +72,7 @@ def local_items(config: dict) -> list[Item]:
         folder = str(hub.cache_dir() / "medmnist")  # a folder that is named is only read
     try:
         items = data.load(dataset, "train", folder, task=config["task"])
-        return data.with_knowledge(items, dataset, config["knowledge"], config["knowledge_file"])
+        return data.with_knowledge(items, dataset, config["knowledge"])
     except (UsageError, OSError) as error:
         # Not on the page, which is passed on: the message names folders of this machine.
         print(f"no pictures and prompts: {error}", file=sys.stderr)
@@ -159,7 +158,7 @@ def curves(metrics: list[dict], config: dict) -> str:
     unfilled, shares = column(metrics, "groups_unfilled"), {}
     for step, share in column(metrics, "accuracy").items():
         n = (config["prompts"] - unfilled.get(step, 0)) * config["samples"]
-        shares[step] = (share, *evaluation.wilson(share * n, n))
+        shares[step] = (share, *statistics.wilson(share * n, n))
     ends, dev = column(metrics, "dev_ci95"), column(metrics, "dev_accuracy")
     dots = {step: (share, *ends.get(step, (share, share))) for step, share in dev.items()}
     note = "95% Wilson band of the step's completions; dots: greedy on dev"
@@ -257,9 +256,9 @@ def page(run: Path, items: list[Item] | None = None) -> str:
     left_out += lost + unseen
     if groups and not by_id and config["dataset"] not in TEXT_SETS:
         left_out.append("pictures and prompts, since the data set is not at hand")
-    weights = rewards.weights(SimpleNamespace(**config), groups[0]["task"]) if groups else {}
 
-    log = {"groups": groups, "pictures": shown, "colours": STAGE_COLOURS, "weights": weights}
+    log = {"groups": groups, "pictures": shown, "colours": STAGE_COLOURS}
+    log |= {"reward": config["reward"], "terms": rewards.terms(SimpleNamespace(**config))}
     script = own_file("js")
     script_hash = hashlib.sha256(script.encode()).digest()
     return Template(own_file("html")).substitute(
@@ -300,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     about = (
         "One HTML page of a run: curves, alarms, and every logged completion, without a network."
     )
-    p = evaluation.Parser(prog="report.py", description=about)
+    p = Parser(prog="report.py", description=about)
     p.add_argument("run", metavar="RUN", help="a run folder of train.py, finished or not")
     p.add_argument("--out", metavar="FILE.html", help="default RUN/report.html")
     args = p.parse_args(argv)

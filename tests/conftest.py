@@ -1,4 +1,5 @@
 """Tiny random models, made in code: no network, no GPU, seconds."""
+
 import sys
 from pathlib import Path
 
@@ -7,30 +8,46 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-import demo as demos
-import policy as policies
+from support import loading
+from support.config import Config
+from support.demo_model import demo_policy, warm_start
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    """More wait for each other on a busy machine: two cost minutes."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
 def demo():
-    """A random policy on the demo's words. Its logits are widened: at initialisation every token would be about equally likely."""
-    policy = demos.demo_policy(0)
+    """A random policy on the demo's words.
+
+    Its logits are widened: at initialisation every token would be about equally likely.
+    """
+    policy = demo_policy(0)
     with torch.no_grad():
         policy.model.lm_head.weight.mul_(3)
     return policy
 
 
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """A model folder: a demo policy that has been taught a little, so that its rewards differ."""
+    path = tmp_path_factory.mktemp("model")
+    policy, items = demo_policy(0), data.load("demo", "train")[:200]
+    for _ in warm_start(policy, items, Config(), clean_steps=40, diluted_steps=2):
+        pass
+    policy.save_folder(path)
+    return str(path)
+
+
 @pytest.fixture
 def bf16_products(monkeypatch):
     """A policy made here computes as on a GPU: fp32 weights, bf16 products by autocast."""
-    monkeypatch.setattr(policies, "product_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(loading, "product_dtype", lambda device: torch.bfloat16)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -221,3 +221,24 @@ def test_prompts_hold_every_option_and_end_open(style):
         assert f"{letter}. {option}" in text
     assert text.startswith("Answer the medical question. ") and text.endswith("Assistant:")
     assert ("<think>" in data.messages(item, style)[0]["content"]) == (style == "think")
+
+
+def test_a_patient_of_the_test_set_is_not_trained_on():
+    one = Item("a", "choice", "Q1?", ("x", "y"), "A", patient="p")
+    other = Item("b", "choice", "Q2?", ("x", "y"), "A", patient="p")
+    assert data.without([one], [other]) == []
+    unknown = replace(one, patient="")
+    assert data.without([unknown], [other]) == [unknown]
+
+
+def test_a_few_shots_are_of_every_class_and_boxes_are_one_class():
+    boxes, shapes = (data.load("demo-images", "dev", task=task) for task in ("localize", "grade"))
+    assert len(data.few_shot(boxes, 2, 0)) == 2
+    few = data.few_shot(shapes, 8, 0)
+    assert len(few) == 40
+    assert len({item.answer for item in few[:20]}) > 3  # so a limit cuts off no class
+    assert few == data.few_shot(shapes, 8, 0) != data.few_shot(shapes, 8, 1)
+
+
+def test_a_box_never_rounds_to_nothing():
+    assert data.to_frame((100, 100, 103, 102), (56, 56, 1000, 1000)) == (6, 6, 7, 7)

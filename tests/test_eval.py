@@ -1,163 +1,352 @@
-"""Every statistic against a published package or a count by hand; the table of two models side by side."""
-import argparse
-import doctest
-import json
-from dataclasses import asdict, replace
+"""What is sampled, what an accuracy counts, and two models side by side."""
 
-import numpy as np
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
 import pytest
-import torch
 
 import data
-import demo as demos
 import eval as evaluation
-import policy as policies
-import runs
 import train
-from data import UsageError
+from data import Item
 from policy import Rollout
 from rewards import Parsed
+from support import cli, distributed, eval_cli, runs
+from support import demo_model as demos
+from support.errors import UsageError
+
+CONFIG = train.Config(max_new=6)
 
 
-def test_doctests():
-    failed, tried = doctest.testmod(evaluation)
-    assert tried >= 3 and not failed
+def rollout(id, gold, predicted):
+    item = Item(id, "choice", "Q" + id, ("a", "b", "c"), gold)
+    parsed = Parsed("", "x", predicted, "", True)
+    found = Rollout(item, 0, [1], [2, 3], [0, 0], True, parsed=parsed)
+    return replace(found, correct=gold == predicted, predicted=predicted)
 
 
-@pytest.mark.parametrize("successes, n", [(0, 10), (10, 10), (3, 7), (150, 300), (1, 1273)])
-def test_wilson_is_statsmodels(successes, n):
-    proportion = pytest.importorskip("statsmodels.stats.proportion")
-    assert evaluation.wilson(successes, n) == pytest.approx(proportion.proportion_confint(successes, n, method="wilson"), abs=1e-9)
+def parsed(*argv):
+    return eval_cli.parser().parse(list(argv))
 
 
-@pytest.mark.parametrize("b, c", [(0, 0), (1, 5), (10, 10), (3, 30), (40, 22)])
-def test_mcnemar_is_statsmodels(b, c):
-    table = pytest.importorskip("statsmodels.stats.contingency_tables")
-    expected = 1.0 if b + c == 0 else table.mcnemar([[50, b], [c, 50]], exact=True).pvalue
-    assert evaluation.mcnemar(b, c) == pytest.approx(expected, abs=1e-12)
+# -------------------------------------------------------------------------------------- sampling
+def contents(rollouts):
+    return [(r.group, r.item.id, r.completion_ids) for r in rollouts]
 
 
-def test_bootstrap_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    values = np.random.default_rng(1).random(200)
-    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=np.random.default_rng(0)).confidence_interval
-    assert evaluation.bootstrap(values) == pytest.approx((theirs.low, theirs.high), abs=2e-3)
+def test_sampling_in_parts_changes_nothing(demo, items):
+    whole, *parts = [
+        evaluation.sample(demo, items, CONFIG, n=3, temperature=1.0, seed=5, rows=rows)
+        for rows in (100, 6, 1)
+    ]
+    assert contents(whole) == contents(parts[0]) == contents(parts[1])
+    assert [r.group for r in whole] == [p for p in range(5) for _ in range(3)]
+    assert [r.item.id for r in whole[::3]] == [item.id for item in items]
+    assert len({tuple(r.completion_ids) for r in whole}) > 5
 
 
-def test_pass_at_k_by_enumeration():
-    from itertools import combinations
-    for n, right in ((5, 0), (5, 2), (6, 6), (4, 1)):
-        samples = [True] * right + [False] * (n - right)
-        for k in range(1, n + 1):
-            draws = list(combinations(samples, k))
-            assert evaluation.pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+def lesion():
+    item = data.load("demo-images", "test", task="localize")[0]
+    policy = demos.tiny_vl_policy(0, [data.messages(item)[1]["content"] + data.completion(item)])
+    return policy, item
 
 
-def test_majority():
-    assert evaluation.majority(["A", "B", "B", ""]) == "B" and evaluation.majority(["", "", "C"]) == "C"
-    assert evaluation.majority(["B", "A", "A", "B"]) == "B" and evaluation.majority(["", ""]) == ""
+def test_what_another_process_sampled_gets_its_pictures(monkeypatch):
+    """They come without pixels, and training needs them; one opening serves a group."""
+    policy, item = lesion()
+    items, opened = [item, item], []
+    alone = evaluation.sample(policy, items, CONFIG, n=2, temperature=1.0, seed=0)
+    # The second process of two: its own half as it is, the first's as it arrives.
+    theirs = [replace(r, pictures=None) for r in alone[:2]]
+    monkeypatch.setattr(distributed, "share", lambda n: range(1, n))
+    monkeypatch.setattr(distributed, "gathered", lambda mine: theirs + mine)
+    look = policy.vision.look
+
+    def counted(item, ids):
+        opened.append(item.id)
+        return look(item, ids)
+
+    monkeypatch.setattr(policy.vision, "look", counted)
+    found = evaluation.sample(policy, items, CONFIG, n=2, temperature=1.0, seed=0)
+    assert contents(found) == contents(alone) and len(opened) == 2  # theirs, and ours to sample
+    for one, other in zip(found, alone):
+        assert (one.pictures.pixels == other.pictures.pixels).all()
+    assert found[0].pictures is found[1].pictures
 
 
-def rollout(id, gold, predicted, options=("a", "b", "c")):
-    item = data.Item(id, "choice", "Q" + id, options, gold)
-    return Rollout(item, 0, [1], [2, 3], [0, 0], True, parsed=Parsed("", "x", predicted, "", True), correct=gold == predicted, predicted=predicted)
+def test_an_answer_is_graded_and_keeps_no_pixels():
+    policy, item = lesion()
+    [found] = evaluation.answer(policy, [item], CONFIG)
+    assert found.pictures is None and found.parsed is not None and "iou" in found.parts
 
 
-def test_letters_against_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics")
-    gold, predicted = list("AABBBCCA"), list("AABACCBA")
-    rows = [rollout(str(i), g, p) for i, (g, p) in enumerate(zip(gold, predicted))]
-    report = evaluation.letters(rows)
-    recall = dict(zip("ABC", metrics.recall_score(gold, predicted, average=None, labels=list("ABC"))))
-    assert report["accuracy"] == pytest.approx(recall) and report["predicted"] == {"A": 4, "B": 2, "C": 2}
-    assert evaluation.summary(rows)["accuracy"] == metrics.accuracy_score(gold, predicted)
+def test_prompts_that_do_not_fit_are_dropped_and_said(demo, items, capsys):
+    lengths = [len(ids) for ids in demo.encode(items)]
+    config = replace(CONFIG, max_prompt=sorted(lengths)[1])
+    kept = evaluation.fitting(demo, items, config, "dev: ")
+    expected = [item for item, n in zip(items, lengths) if n <= config.max_prompt]
+    assert kept == expected and 0 < len(kept) < 5
+    assert f"dev: {5 - len(kept)} of 5 prompts are longer than" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="^dev: no prompt is within --max-prompt 1 tokens: raise"):
+        evaluation.fitting(demo, items, replace(config, max_prompt=1), "dev: ")
+
+
+# -------------------------------------------------------------------------------------- accuracy
+def test_a_summary_by_hand():
+    rows = [rollout("1", "A", "A"), rollout("2", "A", "B"), rollout("3", "B", "")]
+    rows += [replace(rollout("4", "C", "C"), finished=False, completion_ids=[1] * 6)]
+    found = evaluation.summary(rows)
+    assert (found["accuracy"], found["n"], found["parsed"]) == (0.5, 4, 0.75)
+    assert (found["truncated"], found["length"], found["well_formed"]) == (0.25, 3, 1)
+    assert sum(found["stages"].values()) == 1 and found["stages"]["concise structurer"] > 0
+
+
+def test_several_samples_by_hand():
+    """maj@3: right, wrong. Two of three and one of three are right: pass@1 is 1/2, pass@3 is 1."""
+    said = [("A", "B", "A"), ("B", "C", "B")]
+    rows = [rollout(str(i), "ACx"[i], p) for i, of_item in enumerate(said) for p in of_item]
+    found = evaluation.of_samples(rows, 3)
+    assert found["sampled_accuracy"] == 0.5 and found["maj_at_k"] == 0.5
+    assert found["pass_at_k"] == {1: pytest.approx(0.5), 3: 1.0}
+    assert found["sampled_ci95"] == pytest.approx([1 / 3, 2 / 3])  # of two items: 1/3 and 2/3
+
+
+def test_boxes_have_no_majority_and_a_column_of_their_own():
+    policy, item = lesion()
+    result, _ = evaluation.evaluate(policy, [item], CONFIG, samples=2)
+    assert "maj_at_k" not in result and "mean_iou" in result
+    asked = {"model": "m", "dataset": "d", "split": "test", "style": "think"}
+    asked |= {"template": "plain", "stop_answer": True, "max_new": 6}
+    head, _, row = eval_cli.table([result | asked]).splitlines()
+    cells = dict(zip(head.split(" | "), row.split(" | ")))
+    assert cells["maj@2"] == "-" and cells["mean IoU"] == f"{result['mean_iou']:.3f}"
+
+
+def test_what_training_changed_in_a_line():
+    before = {"accuracy": 0.1, "ci95": [0.05, 0.2], "n": 40}
+    after = before | {"accuracy": 0.9, "sampled_accuracy": 0.85}
+    assert evaluation.change({"before": before, "after": after}) == (
+        "accuracy 0.100 [0.050, 0.200] -> 0.900 [0.050, 0.200] (sampled 0.850), n 40"
+    )
+
+
+def test_blank_and_swapped_images_are_asked_of_items_with_images(monkeypatch):
+    policy, item = lesion()
+    other = replace(data.load("demo-images", "test", task="localize")[1], id="other")
+    assert other.answer != item.answer
+    items = [replace(item, image=None), item, other]
+    monkeypatch.setattr(evaluation, "in_parts", lambda policy, items, *how: [unread(items)])
+    found = evaluation.looking(policy, items, CONFIG)
+    assert found["blank_image_n"] == found["swapped_image_n"] == 2
+    assert found["blank_image_mean_iou"] == found["swapped_image_accuracy"] == 0
+
+
+def unread(items):
+    return [Rollout(item, 0, [], [], [], True, text="?") for item in items]
+
+
+# ---------------------------------------------------------------------------- models side by side
+FACTS = {"n": 4, "style": "think", "dataset": "d"}
 
 
 def test_comparison_pairs_by_item():
-    a = [rollout("1", "A", "A"), rollout("2", "A", "B"), rollout("3", "B", "B"), rollout("4", "C", "")]
-    b = [rollout("3", "B", "B"), rollout("4", "C", "C"), rollout("2", "A", "A"), rollout("9", "A", "A")]
-    facts = {"n": 4, "style": "think", "dataset": "d"}
-    found = evaluation.compare((facts | {"model": "x"}, a), (facts | {"model": "y"}, b))
-    assert (found["n"], found["only_a"], found["only_b"]) == (3, 0, 2) and found["difference"] == pytest.approx(2 / 3) and found["mcnemar_p"] == .5
+    a = [rollout("1", "A", "A"), rollout("2", "A", "B"), rollout("3", "B", "B")]
+    a += [rollout("4", "C", "")]
+    b = [rollout("3", "B", "B"), rollout("4", "C", "C"), rollout("2", "A", "A")]
+    b += [rollout("9", "A", "A")]
+    found = evaluation.compare((FACTS | {"model": "x"}, a), (FACTS | {"model": "y"}, b))
+    assert (found["n"], found["only_a"], found["only_b"]) == (3, 0, 2)
+    assert found["difference"] == pytest.approx(2 / 3) and found["mcnemar_p"] == 0.5
+
+
+def test_models_that_share_no_item_are_not_compared():
+    """Two runs on boxes and on classes of the same set once ended in a division by zero."""
+    one, other = [(FACTS | {"model": "m"}, [rollout(id, "A", "A")]) for id in "12"]
+    found = evaluation.compare(one, other)
+    assert found["n"] == 0 and "share no item" in eval_cli.compared(found)
+    assert evaluation.compare(one, one)["n"] == 1
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     path = tmp_path_factory.mktemp("models")
     for seed in (0, 1):
-        policy = demos.demo_policy(seed)
-        if seed:
-            for _ in demos.warm_start(policy, data.load("demo", "train")[:300], replace(train.Config(), **train.DEFAULTS["demo"]), clean_steps=60, diluted_steps=0):
-                pass
-        policy.model.save_pretrained(path / f"m{seed}")
-        policy.tokenizer.save_pretrained(path / f"m{seed}")
+        demos.demo_policy(seed).save_folder(path / f"m{seed}")
     return path
 
 
-def test_two_models_two_styles_one_table(folders, tmp_path, capsys):
+def letter_a(item):
+    return "A"
+
+
+def first_in_the_alphabet(item):
+    return "ABCDE"[item.options.index(min(item.options))]
+
+
+SAYS = {"m0": letter_a, "m1": first_in_the_alphabet}
+
+
+def writing(policy, choose, items, n, *how):
+    """Policy.sample of a model that has made up its mind."""
+    rollouts = []
+    for group, item in enumerate(items):
+        text = f"<think> so </think> <answer> {choose(item)} </answer>"
+        written = policy.written(policy.start(item, group, "think"), text)
+        rollouts += [replace(written) for _ in range(n)]
+    return rollouts
+
+
+@pytest.fixture
+def decided(monkeypatch):
+    open_policy = runs.open_policy
+
+    def opened(name, *how, **settings):
+        policy, run = open_policy(name, *how, **settings)
+        policy.sample = partial(writing, policy, SAYS[Path(name).name])
+        return policy, run
+
+    monkeypatch.setattr(runs, "open_policy", opened)
+
+
+def test_two_models_two_styles_one_table(folders, tmp_path, capsys, decided):
     models = [str(folders / "m0"), str(folders / "m1")]
-    evaluation.main([*models, "--dataset", "demo", "--limit", "25", "--max-new", "12", "--style", "think", "direct", "--samples", "3", "--rotate", "--likelihood",
-                     "--json", str(tmp_path / "r.json")])
-    out, found = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
-    assert len(found["results"]) == 4 and len(found["comparisons"]) == 4 and out.count("| m0 |") == 2 and "McNemar" in out
+    flags = "--dataset demo --limit 25 --style think direct --samples 3 --rotate --likelihood"
+    written = ["--json", str(tmp_path / "r.json"), "--answers", str(tmp_path / "a.jsonl")]
+    evaluation.main([*models, *flags.split(), *written])
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [Path(result["model"]).name for result in found["results"]] == ["m0", "m0", "m1", "m1"]
+    assert [result["style"] for result in found["results"]] == ["think", "direct"] * 2
+
+    items = data.load("demo", "test", limit=25)
+    right = {m: [says(item) == item.answer for item in items] for m, says in SAYS.items()}
+    assert 0 < sum(right["m0"]) and right["m0"] != right["m1"]
     for result in found["results"]:
-        assert result["n"] == 25 and sum(result["letters"]["predicted"].values()) == 25 and sum(result["stages"].values()) == pytest.approx(1)
-        assert result["pass_at_k"]["1"] == pytest.approx(result["sampled_accuracy"]) and result["pass_at_k"]["3"] >= result["pass_at_k"]["1"]
+        model = Path(result["model"]).name
+        assert result["accuracy"] == result["sampled_accuracy"] == sum(right[model]) / 25
+        assert set(result["pass_at_k"].values()) == {result["maj_at_k"]} == {result["accuracy"]}
+        assert result["rotated_agreement"] == (1 if model == "m1" else 0)  # m0 reads no option
+        assert (
+            result["stages"]["direct answer hacker"] + result["stages"]["concise structurer"] == 1
+        )
+        assert len(result["likelihood_ci95"]) == 2
+    assert found["results"][0]["letters"]["predicted"] == {"A": 25}
 
+    pairs = list(zip(right["m0"], right["m1"]))
+    only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
+    numbers = [(pair["n"], pair["only_a"], pair["only_b"]) for pair in found["comparisons"]]
+    assert numbers == [(25, only_a, only_b)] * 2 + [(25, 0, 0)] * 2  # models, then styles
+    assert out.count("| m0 |") == 2 and out.count("McNemar") == 4
 
-def test_models_that_share_no_item_are_not_compared():
-    """Two runs on boxes and on classes of the same set once ended, after hours, in a division by zero."""
-    rollout = lambda name: Rollout(data.Item(name, "choice", name, ("x", "y"), "A"), 0, [], [], [], True, correct=True)
-    result = {"model": "m", "style": "think", "dataset": "d", "n": 1}
-    assert evaluation.compare((result, [rollout("a")]), (result, [rollout("b")]))["n"] == 0
-    assert evaluation.compare((result, [rollout("a")]), (result, [rollout("a")]))["n"] == 1
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").open()]
+    assert len(rows) == 4 * (25 + 25 * 3) and [row["greedy"] for row in rows[24:26]] == [
+        True,
+        False,
+    ]
+    assert [row["correct"] for row in rows[:25]] == right["m0"]
 
 
 def test_another_data_set_does_not_inherit_the_runs_task():
-    args = evaluation.parser().parse_args(["RUN"])
+    args = parsed("RUN")
     run = {"dataset": "bccd", "task": "classify", "knowledge": "class", "data_dir": "D"}
-    assert evaluation.settings(args, run, "demo").task == "" and evaluation.settings(args, run, "demo").knowledge == "none"
-    assert evaluation.settings(args, run, "bccd").task == evaluation.settings(args, run).task == "classify"
+    other = eval_cli.settings(args, run, "demo")
+    assert (other.task, other.knowledge, other.data_dir) == ("", "none", "D")
+    assert eval_cli.settings(args, run, "bccd").task == "classify"
+    assert eval_cli.settings(args, run).task == "classify"
+
+
+def test_a_flag_beats_the_run_and_its_help_says_the_default():
+    run = {"max_new": 9, "template": "plain", "samples": 8, "limit": 5, "seed": 3}
+    args = parsed("RUN", "--max-new", "7", "--samples", "2", "--limit", "1", "--seed", "4")
+    found = eval_cli.settings(args, run)
+    assert (found.max_new, found.template) == (7, "plain")
+    assert (found.samples, found.limit, found.seed) == (8, 5, 3)  # these are the run's own
+    text = " ".join(eval_cli.parser().format_help().split())
+    assert "cut (default: the run's, else 2048)" in text
 
 
 def test_a_model_alone_is_evaluated_with_trainings_own_defaults():
-    found = evaluation.settings(evaluation.parser().parse_args(["MODEL"]), {})
+    found = eval_cli.settings(parsed("MODEL"), {})
     assert isinstance(found, train.Config)
     changed = set(asdict(found).items()) - set(asdict(train.Config()).items())
     assert changed == {("dataset", "medqa"), ("max_prompt", 2048)}
 
 
 def test_another_seed_draws_other_samples_of_the_same_options():
-    config = train.make_config({"shuffle_options": True, "seed": 3})
-    orders = [evaluation.load_items(evaluation.settings(argparse.Namespace(seed=seed), asdict(config)), "dev", None) for seed in (None, 7)]
+    config = cli.make_config({"shuffle_options": True, "seed": 3})
+    orders = []
+    for seed in (None, 7):
+        found = eval_cli.settings(argparse.Namespace(seed=seed), asdict(config))
+        orders.append(eval_cli.load_items(found, "dev", None))
     assert orders[0] == orders[1] == train.load_splits(config)["dev"]
 
 
-def test_likelihood_is_the_replicated_forward(folders):
-    policy, items = policies.Policy.load(str(folders / "m1"), lora=0), data.load("demo", "test")[:6]
-    expected = []
-    for item in items:
-        totals = []
-        for letter in "ABCDE":
-            prompt, ids = policy.prompt(item, "direct"), policy.tokenizer(f"<answer> {letter} </answer>").input_ids
-            logps = policy.model(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
-            totals.append(sum(float(logps.detach()[len(prompt) - 1 + t, token]) for t, token in enumerate(ids)))
-        expected.append("ABCDE"[int(np.argmax(totals))] == item.answer)
-        assert evaluation.likelihoods(policy, item) == pytest.approx(totals, abs=1e-4)
-    assert evaluation.by_likelihood(policy, items)["likelihood_accuracy"] == sum(expected) / len(expected)
+def test_contamination_is_counted(tmp_path):
+    rows = []
+    for item in data.load("demo", "test")[:30]:
+        row = {"question": item.question, "options": list(item.options), "answer": item.answer}
+        rows.append(json.dumps(row))
+    parts = {"train": rows[:20], "dev": rows[20:25], "test": rows[25:] + rows[:3]}
+    for name, part in parts.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part) + "\n")
+    items, run = data.load("demo", "test")[:30], {"dataset": str(tmp_path)}
+    # Training leaves out the three that stand in its own test set.
+    assert eval_cli.seen_in_training(items, run) == 17
+    assert eval_cli.seen_in_training(items, run | {"limit": 4}) == 4
+    assert eval_cli.seen_in_training(items, run | {"dataset": "gone"}) is None
 
 
+def test_ask_prints_one_answer(folders, capsys):
+    question = "a man has crackles . which diagnosis ?\nA. gout\nB. pneumonia"
+    evaluation.main([str(folders / "m1"), "--ask", question, "--max-new", "8"])
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--dataset nothing", "demo, demo-images, medqa"),
+        ("--json /nowhere/f.json", "does not exist"),
+        ("--max-new 0", "at least 1"),
+        ("--limit 0", "at least 1"),
+        ("--max-pixel 0", "at least 1"),  # argparse takes what is not ambiguous
+        ("--save-images /dev/null/x", "--save-images /dev/null/x: Not a directory"),
+        ("--dataste demo", "unknown flag --dataste: did you mean --dataset?"),
+        ("--template no", "invalid choice: 'no'.*; see --help"),
+    ],
+)
+def test_mistakes_are_answered_before_the_model_is_loaded(flags, words, folders, monkeypatch):
+    monkeypatch.setattr(runs, "open_policy", lambda *a, **k: pytest.fail("the model was loaded"))
+    with pytest.raises(UsageError, match=words):
+        evaluation.main([str(folders / "m0"), "--dataset", "demo", *flags.split()])
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    for name, words in ((tmp_path, "neither a run"), (tmp_path / "no" / "where", "no such folder")):
+        with pytest.raises(UsageError, match=words):
+            evaluation.main([str(name)])
+
+
+# ------------------------------------------------------------------------------------------ data
 def test_rotation_moves_the_gold_along():
     item = data.load("demo", "test")[0]
+    gold = item.options["ABCDE".index(item.answer)]
     for by in range(6):
         turned = data.rotate_options(item, by)
-        assert turned.options["ABCDE".index(turned.answer)] == item.options["ABCDE".index(item.answer)] and turned.options[0] == item.options[by % 5]
+        assert turned.options["ABCDE".index(turned.answer)] == gold
+        assert turned.options[0] == item.options[by % 5]
 
 
-def test_mmlu_pro_health(medqa_dir, monkeypatch):
+def test_mmlu_pro_health(medqa_dir):
     pytest.importorskip("pyarrow")
     items = data.load("mmlu-pro-health", "test", medqa_dir)
-    assert len(items) == 100 and {3 <= len(i.options) <= 10 and i.answer in "ABCDEFGHIJ"[:len(i.options)] for i in items} == {True}
+    assert len(items) == 100
+    assert all(3 <= len(item.options) <= 10 for item in items)
+    assert all(item.answer in "ABCDEFGHIJ"[: len(item.options)] for item in items)
     with pytest.raises(UsageError, match="test"):
         data.load("mmlu-pro-health", "train", medqa_dir)
     with pytest.raises(UsageError, match="not there|is there"):
@@ -171,30 +360,7 @@ def test_parquet_without_pyarrow_and_a_damaged_file(tmp_path, monkeypatch):
     path.write_bytes(b"PAR1 no")
     with pytest.raises(UsageError, match="not the parquet"):
         data.load("mmlu-pro-health", "test", str(tmp_path))
-    import builtins
-    real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: (_ for _ in ()).throw(ImportError()) if name.startswith("pyarrow") else real(name, *a, **k))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UsageError, match="pip install pyarrow"):
         data.load("mmlu-pro-health", "test", str(tmp_path))
-
-
-def test_contamination_is_counted(folders, tmp_path):
-    items = data.load("demo", "test")[:30]
-    rows = [json.dumps({"question": i.question, "options": list(i.options), "answer": i.answer}) for i in items]
-    for name, part in (("train", rows[:20]), ("dev", rows[20:25]), ("test", rows[25:] + rows[:3])):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(part) + "\n")
-    run = {"dataset": str(tmp_path), "data_dir": "", "limit": 0, "task": ""}
-    assert evaluation.seen_in_training(items, run) == 17                      # training leaves out the three that stand in its own test set
-    assert evaluation.seen_in_training(items, run | {"dataset": "gone"}) is None
-
-
-def test_ask_prints_one_answer(folders, capsys):
-    evaluation.main([str(folders / "m1"), "--ask", "a man has crackles . which diagnosis ?\nA. gout\nB. pneumonia", "--max-new", "8"])
-    assert capsys.readouterr().out.count("\n") == 1
-
-
-@pytest.mark.parametrize("flags, words", [(["--dataset", "nothing"], "demo, demo-images, medqa"), (["--json", "/nowhere/f.json"], "does not exist"), (["--max-new", "0"], "at least 1"), (["--limit", "0"], "at least 1"), (["--target", "RBC"], "--dataset bccd-rbc")])
-def test_mistakes_are_answered_before_the_model_is_loaded(flags, words, folders, monkeypatch):
-    monkeypatch.setattr(runs, "open_policy", lambda *a, **k: pytest.fail("the model was loaded"))
-    with pytest.raises(UsageError, match=words):
-        evaluation.main([str(folders / "m0"), "--dataset", "demo", *flags])

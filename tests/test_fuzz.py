@@ -13,10 +13,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import rewards
-import runs
-import train
 from data import Item
-from support import jsonl, text
+from support import checkpoints, jsonl, runs, text
+from support.config import Config
 from support.errors import UsageError
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -56,7 +55,7 @@ EVERYTHING = list(HealthCheck)
 @example("<answer>B</answer>")
 @example("<think>x</think><answer>A</answer><answer>B</answer>")
 def test_nothing_is_earned_without_the_right_answer_in_its_place(completion):
-    result = rewards.grade(ITEM, completion, train.Config())
+    result = rewards.grade(ITEM, completion, Config())
     assert result.total in (-1.0, 0.0, 1.0)
     if result.total > 0:
         assert [completion.count(tag) for tag in TAGS] == [1, 1, 1, 1]
@@ -100,7 +99,7 @@ FILES = ["policy.safetensors", "optimizer.safetensors", "state.json"]
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
+def two(tmp_path_factory):
     """Two checkpoints with files that are small, so that flips hit all parts of them."""
     run = tmp_path_factory.mktemp("run")
     model = torch.nn.Linear(3, 2)
@@ -109,22 +108,20 @@ def checkpoints(tmp_path_factory):
     optimizer.step()
     model.trainable = lambda part="": dict(model.named_parameters())
     for step in (1, 2):
-        runs.save_checkpoint(run, model, optimizer, step, 2, {})
+        checkpoints.save_checkpoint(run, model, optimizer, step)
     return run
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=EVERYTHING)
 @given(st.sampled_from(FILES), st.integers(0, 10**6), st.integers(0, 255), st.booleans())
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
-    checkpoints, name, place, byte, cut
-):
-    victim = checkpoints / "checkpoints" / "000002" / name
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(two, name, place, byte, cut):
+    victim = two / "checkpoints" / "000002" / name
     whole = victim.read_bytes()
     place %= len(whole)
     rest = b"" if cut else bytes([byte]) + whole[place + 1 :]
     victim.write_bytes(whole[:place] + rest)
     try:
-        found = runs.newest_checkpoint(checkpoints)
+        found = checkpoints.newest_checkpoint(two)
         if found.name != "000002":
             assert found.name == "000001"
         # Only where nothing was changed, or white space of state.json.

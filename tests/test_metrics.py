@@ -1,4 +1,5 @@
 """How logged numbers merge: by parts as in one, and nothing that does not say how."""
+
 import doctest
 import math
 import pickle
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 import grpo
-import metrics
-from metrics import Stats, over_steps
+from support import metrics
+from support.metrics import Stats, over_steps
 
 
 def test_doctests():
@@ -28,7 +29,7 @@ def part(values, weights) -> Stats:
 def test_parts_merge_into_what_all_rows_would_have_given():
     merged = Stats()
     for values, weights in (([1.0, 2.0], [0.5, 0.25]), ([-6.0], [0.125])):
-        sent = pickle.dumps(part(values, weights))                       # as by another process
+        sent = pickle.dumps(part(values, weights))  # as by another process
         merged.merge(pickle.loads(sent))
     # (1/2 + 2/4 - 6/8) / (1/2 + 1/4 + 1/8) = .25 / .875
     assert merged.figures() == {"mean": pytest.approx(2 / 7), "max": 2.0, "sum": -3.0}
@@ -58,7 +59,7 @@ def test_what_has_no_weight_does_not_count_and_a_mean_of_nothing_is_left_out():
 def test_weights_of_rows_spread_over_tokens_and_no_gradient_is_kept():
     stats, values = Stats(), torch.tensor([[1.0, 2.0], [3.0, 9.0]], requires_grad=True)
     stats.mean("token", values, torch.tensor([[0.5, 0.5], [0.25, 0.0]]))
-    stats.mean("row", values[:, :1], torch.tensor([[0.5, 0.5], [0.25, 0.0]]))   # [N, 1]: GSPO
+    stats.mean("row", values[:, :1], torch.tensor([[0.5, 0.5], [0.25, 0.0]]))  # [N, 1]: GSPO
     assert stats["token"] == (0.5 + 1 + 0.75) / 1.25
     assert stats["row"] == (1 * 1.0 + 3 * 0.25) / 1.25
 
@@ -97,6 +98,7 @@ def test_shares_of_clipped_tokens_whatever_the_weights_add_up_to():
     logps = torch.log(torch.tensor([[2.0, 1.0], [0.5, 0.5]]))
     mask = torch.tensor([[True, True], [True, False]])
     weights = grpo.token_weights(mask.sum(1), "constant", max_new=10)
-    _, stats = grpo.policy_loss(logps, torch.zeros(2, 2), torch.tensor([1.0, -1.0]), mask, weights)
+    advantages = torch.tensor([1.0, -1.0])
+    _, stats = grpo.policy_loss(logps, torch.zeros(2, 2), advantages, mask, weights)
     shares = [stats["clipped_high"], stats["clipped_low"]]
     assert shares == pytest.approx([1 / 3, 1 / 3])

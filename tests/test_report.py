@@ -22,14 +22,13 @@ import pytest
 from PIL import Image
 
 import data
-import eval as evaluation
 import rewards
-from support import charts, hub, report
+from support import charts, hub, report, statistics
 from support.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
-    **dict(dataset="demo", data_dir="", task="", knowledge="none", knowledge_file=""),
+    **dict(dataset="demo", data_dir="", task="", knowledge="none"),
     **dict(style="think", model="", init="", algo="grpo", full=True, lora=16, prompts=4),
     **dict(samples=4, steps=9, lr=1e-3, seed=0, reward="med-rlvr", w_format=0.5, w_leak=0.0),
     **dict(w_before=0.0, w_short=0.0, w_overlong=0.0, recite=0.0),
@@ -170,7 +169,7 @@ def test_the_numbers_of_a_run(read, tmp_path):
     ):
         assert text in page.text, text
     # 4 prompts x 4 completions, half of them right.
-    half = "0.5 [{:.4g}, {:.4g}]".format(*evaluation.wilson(8, 16))
+    half = "0.5 [{:.4g}, {:.4g}]".format(*statistics.wilson(8, 16))
     assert f"step 2: {half}, on dev 0.75 [0.6, 0.9]" in page.text and "Loss" not in page.text
     labels = " ".join(page.charts())
     for text in (
@@ -191,7 +190,7 @@ def test_the_completions_of_a_run(read):
     assert [row["predicted"] for row in first["rows"]] == list("ABAB")
     for name in ("pieces", "logps", "stage", "text"):
         assert first["rows"][1][name] == rollout(1, 1)[name]
-    assert page.log["weights"] == {"accuracy": 1.0, "malformed": -1.0}
+    assert page.log["reward"] == "med-rlvr" and not any(page.log["terms"].values())
 
 
 def test_what_a_policy_wrote_stays_text(read):
@@ -275,7 +274,7 @@ def test_supervised_runs_show_their_loss(read):
 
 
 def test_logs_of_before_are_shown_without_their_ratios(read):
-    row = read([from_before(1)], [metric(1, tau=0.5, box_spread=0.1)]).groups[0]["rows"][0]
+    row = read([from_before(1)], [metric(1)]).groups[0]["rows"][0]
     assert row["text"] == rollout(1)["text"]
     assert not row.keys() & {"entropy", "ratio", "logps"}
 
@@ -307,7 +306,7 @@ def seen(items, **changes) -> list[dict]:
     """A line for each item, answered with its gold."""
     rows = []
     for step, item in enumerate(items, start=1):
-        row = rollout(step, parts={"box": 1.0, "malformed": 0.0}, id=item.id)
+        row = rollout(step, parts={"iou": 1.0, "malformed": 0.0}, id=item.id)
         row |= {"question": item.question, "options": list(item.options), "gold": item.answer}
         row |= {"text": data.completion(item), "predicted": item.answer}
         rows.append(row | changes)
@@ -325,7 +324,7 @@ def test_an_item_to_localize_gets_its_picture(read, lesions):
     first, framed = page.groups[0], page.groups[3]
     assert first["gold"] == first["rows"][0]["predicted"] == [list(lesions[0].answer[0])]
     assert "Where is the lesion?" in first["prompt"][1][1]
-    assert "100 x 50 image" in framed["prompt"][0][1] and "box" in page.log["weights"]
+    assert "100 x 50 image" in framed["prompt"][0][1]
     assert set(page.pictures) == {item.id for item in lesions}
     ([width, height, png],) = page.pictures[lesions[1].id]
     image = Image.open(io.BytesIO(base64.b64decode(png)))
@@ -547,6 +546,17 @@ def test_a_browser_shows_it_without_a_complaint(tmp_path):
     assert dom.count('class="card ') == 12 and "✓ right" in dom
     assert "3 of 3 groups shown, with 12 completions that match" in dom
     assert "0 of 0 groups shown" in browse(report.write(make_run(tmp_path / "empty")))
+
+
+@browser
+def test_a_card_says_how_its_reward_comes_about(tmp_path):
+    """Paid 1 by the paper; half of a leak that costs 1/2, and a quarter of what recitation adds."""
+    parts = {"accuracy": 1.0, "format": 1.0, "malformed": 0.0, "leak": 0.5, "recite": 0.25}
+    rows = [rollout(1, reward=1.0, parts=parts), rollout(1, 1)]
+    run = make_run(tmp_path / "run", rows, [metric(1)], w_leak=0.5, recite=1.0)
+    lines = ask(report.write(run), "return texts('.card .soft');")
+    assert "med-rlvr 1 + leak 0.5 × -0.5 + recite 0.25 × 1, accuracy 1, format 1" in lines
+    assert "med-rlvr 0" in lines
 
 
 @browser

@@ -1,6 +1,7 @@
 """MedQA and MMLU-Pro: their layouts, in a folder and on the hub."""
 
 import json
+import sys
 import zipfile
 
 import pytest
@@ -74,6 +75,23 @@ def test_only_the_health_questions_of_mmlu_pro(tmp_path):
         ("mmlu-pro-5", "Too?", ("a", "b"), "B"),
     ]
     refused(lambda: data.load("mmlu-pro-health", "train"), "evaluation only", "its split is test")
+
+
+def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
+    path = tmp_path / "data/test-00000-of-00001.parquet"
+    path.parent.mkdir()
+    path.write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    refused(lambda: mmlu_pro_rows("test", str(tmp_path)), "pip install pyarrow")
+
+
+def test_real_mmlu_pro(medqa_dir):
+    pytest.importorskip("pyarrow")
+    items = data.load("mmlu-pro-health", "test", medqa_dir)
+    assert len(items) == 100
+    assert all(3 <= len(item.options) <= 10 for item in items)
+    assert all(item.answer in "ABCDEFGHIJ"[: len(item.options)] for item in items)
 
 
 def test_real_medqa(medqa_dir):

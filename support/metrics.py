@@ -5,6 +5,7 @@ of parts cannot be added. Therefore a metric is kept as (weighted sum, weight), 
 a maximum until every part is in, and whoever makes a number says which. Then no micro-batch size
 and no number of processes can change what is logged.
 """
+
 import math
 
 import torch
@@ -23,7 +24,7 @@ class Stats:
     """
 
     def __init__(self):
-        self.kept: dict[str, tuple[str, float, float]] = {}        # name -> kind, value, weight
+        self.kept: dict[str, tuple[str, float, float]] = {}  # name -> kind, value, weight
 
     def mean(self, name: str, values: Tensor | float, weights: Tensor | float) -> None:
         """A weighted mean, sum(values * weights) / sum(weights), over all parts together.
@@ -75,8 +76,10 @@ class Stats:
         return self.figures()[name]
 
     def __setitem__(self, name: str, value) -> None:
-        raise TypeError(f"how do parts of {name!r} merge? Say stats.mean({name!r}, values, weights)"
-                        f", stats.max({name!r}, values) or stats.sum({name!r}, value)")
+        raise TypeError(
+            f"how do parts of {name!r} merge? Say stats.mean({name!r}, values, weights)"
+            f", stats.max({name!r}, values) or stats.sum({name!r}, value)"
+        )
 
 
 def over_steps(steps: list[Stats]) -> dict[str, float]:

@@ -1,0 +1,185 @@
+"""Does a model read the options, look at the image, and know more than it says?
+
+Each probe asks the same items in another way: images blank or swapped, options rotated, or the
+likelihood of every answer instead of a written one. What is asked is made here and what came of it
+is read here; eval.py does the answering.
+"""
+
+import functools
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import rewards
+from data import Item
+from policy import Policy, Rollout, collate
+from support import pictures
+from support.statistics import auc, bootstrap_metrics, wilson
+
+
+# --------------------------------------------------------------------------------------- options
+def letters(rollouts: list[Rollout]) -> dict:
+    """Position bias: how often each letter is predicted and is gold, and its accuracy as gold."""
+    predicted = Counter(rollout.predicted or "none" for rollout in rollouts)
+    gold = Counter(rollout.item.answer for rollout in rollouts)
+    right = Counter(rollout.item.answer for rollout in rollouts if rollout.correct)
+    return {
+        "predicted": dict(sorted(predicted.items())),
+        "gold": dict(sorted(gold.items())),
+        "accuracy": {letter: right[letter] / gold[letter] for letter in sorted(gold)},
+    }
+
+
+def same_option(rollouts: list[Rollout], turned: list[Rollout]) -> float:
+    """Share of items for which the same option *text* is named when the options are rotated.
+
+    At 1 their order does not matter to the model. What cannot be read agrees with nothing.
+    """
+    agree = 0
+    for before, after in zip(rollouts, turned):
+        text = option_text(before)
+        agree += text is not None and text == option_text(after)
+    return agree / len(rollouts)
+
+
+def option_text(rollout: Rollout) -> str | None:
+    if not rollout.predicted:
+        return None
+    return rollout.item.options[rewards.LETTERS.index(rollout.predicted)]
+
+
+# ---------------------------------------------------------------------------------------- images
+def blank(items: list[Item]) -> list[Item]:
+    """The items that have images, each image grey and as large as it was."""
+
+    @functools.cache
+    def grey(size):
+        return Image.new("RGB", size, (128, 128, 128))
+
+    changed = []
+    for item in items:
+        if item.image is not None:
+            sizes = map(pictures.size_of, pictures.sources(item.image))
+            changed.append(replace(item, image=tuple(map(grey, sizes))))
+    return changed
+
+
+def swapped(items: list[Item]) -> list[Item]:
+    """The items that have images, each with those of the next item of another answer.
+
+    That one must have as many images; where there is none the item is left out.
+    """
+    items = [item for item in items if item.image is not None]
+    changed = []
+    for i, item in enumerate(items):
+        for other in items[i + 1 :] + items[:i]:
+            as_many = len(pictures.sources(other.image)) == len(pictures.sources(item.image))
+            if as_many and other.answer != item.answer:
+                changed.append(replace(item, frame=None, image=other.image))
+                break
+    return changed
+
+
+def save_images(rollouts: list[Rollout], folder: Path) -> None:
+    """A PNG of every rollout whose item has an image, named by its place and its item."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, rollout in enumerate(rollouts):
+        if rollout.item.image is not None:
+            draw(rollout, folder / f"{i:05d}-{plain(rollout.item.id)[:80]}.png")
+
+
+def plain(name: str) -> str:
+    """A name that any file system takes."""
+    return re.sub(r"[^A-Za-z0-9.-]", "_", name)
+
+
+def draw(rollout: Rollout, path: Path) -> None:
+    """A PNG of an item's first image, with what is right in green and what was answered in red.
+
+    Boxes stand on the image, names below it. Small images are enlarged by a whole number.
+    """
+    picture = pictures.open_image(pictures.sources(rollout.item.image)[0])
+    scale = max(1, 448 // max(picture.size))
+    size = (picture.width * scale, picture.height * scale)
+    canvas = Image.new("RGB", (max(size[0], 320), size[1] + 32), "white")
+    canvas.paste(picture.resize(size, Image.Resampling.NEAREST))
+    pen, gold, predicted = ImageDraw.Draw(canvas), rollout.item.answer, rollout.predicted
+    if rollout.item.task == "localize":
+        draw_boxes(pen, gold, scale, "lime")
+        draw_boxes(pen, predicted, scale, "red")
+        gold = f"{len(gold)} boxes"
+        predicted = f"{len(predicted)} boxes, IoU {rollout.parts['iou']:.2f}"
+    write(pen, size[1] + 2, f"gold: {gold}", "green")
+    write(pen, size[1] + 16, f"answer: {predicted or 'unreadable'}", "red")
+    canvas.save(path)
+
+
+def draw_boxes(pen: ImageDraw.ImageDraw, boxes, scale: int, colour: str) -> None:
+    """Half-open boxes, in pixels of the image before it was enlarged: at most 100 of them.
+
+    A policy may have written anything, so coordinates are kept in a range that Pillow can draw.
+    """
+    for box in boxes[:100]:
+        x1, y1, x2, y2 = (min(max(x * scale, -10), 10**5) for x in box)
+        corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
+        pen.rectangle(corners, outline=colour, width=2)
+
+
+def write(pen: ImageDraw.ImageDraw, y: int, text: str, colour: str) -> None:
+    """80 characters, of which Pillow's own font has ASCII only."""
+    pen.text((4, y), text[:80].encode("ascii", "replace").decode(), fill=colour)
+
+
+# ------------------------------------------------------------------------------------ likelihood
+def names_of(item: Item) -> list[str]:
+    """What an answer to this item may say: its letters, classes or grades."""
+    if item.task == "choice":
+        return list(rewards.LETTERS[: len(item.options)])
+    return [str(name) for name in item.options]
+
+
+@torch.no_grad()
+def likelihoods(policy: Policy, item: Item) -> list[float]:
+    """log p("<answer> X </answer>" | direct prompt) for every X of names_of(item), in nats.
+
+    So do evaluation harnesses ask. Prompt and image are computed once for all.
+    """
+    started = policy.start(item, 0, "direct")
+    rows = [policy.written(started, f"<answer> {name} </answer>") for name in names_of(item)]
+    logps = policy.score(collate(rows, policy.device), values_too=False).logps  # [1, G, T]
+    return logps[0].sum(-1).tolist()
+
+
+def likeliest(items: list[Item], scores: list[list[float]]) -> dict:
+    """Accuracy of the likeliest answer, and for one set of classes the area under the ROC curve.
+
+    scores: `likelihoods` of each item.
+    """
+    right = 0
+    for item, of_item in zip(items, scores):
+        right += names_of(item)[int(np.argmax(of_item))] == str(item.answer)
+    n = len(items)
+    found = {"likelihood_accuracy": right / n, "likelihood_ci95": list(wilson(right, n))}
+    if items[0].task == "choice" or len({frozenset(names_of(item)) for item in items}) > 1:
+        return found
+    classes = sorted(names_of(items[0]))
+    gold = [classes.index(str(item.answer)) for item in items]
+    chances = [probabilities(item, of_item, classes) for item, of_item in zip(items, scores)]
+    area = bootstrap_metrics(auc_metric, chances, gold)
+    return found | {"auc": area["auc"], "auc_ci95": area["ci95_of"]["auc"]}
+
+
+def probabilities(item: Item, logps: list[float], classes: list[str]) -> list[float]:
+    """The likelihoods of an item's names as probabilities, in the order of `classes`."""
+    shares = np.exp(np.array(logps) - np.logaddexp.reduce(logps))
+    by_name = dict(zip(names_of(item), shares.tolist()))
+    return [by_name[name] for name in classes]
+
+
+def auc_metric(chances: list[list[float]], gold: list[int]) -> dict:
+    return {"auc": auc(chances, gold)}
