@@ -2,9 +2,11 @@
 
     python benchmarks/demo.py --out FOLDER --json benchmarks/results/demo.json
 
-Every run is `python train.py --algo A --seed S` in a process of its own, one thread each, as many at a time as there are cores; the accuracies are those of
-its eval.json, on 300 held-out vignettes. FOLDER keeps the runs, for eval.py to compare.
+Every run is `python train.py --algo A --seed S` in a process of its own, one thread each, as many
+at a time as there are cores; the accuracies are those of its eval.json, on 300 held-out vignettes.
+FOLDER keeps the runs, for eval.py to compare.
 """
+
 import argparse
 import json
 import os
@@ -20,25 +22,55 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
+KEPT = ("accuracy", "ci95", "sampled_accuracy", "n")
 
 
 def trained(out: Path, algo: str, seed: int) -> dict:
+    """One run -> its row of the table, which is also printed."""
     start, run = time.perf_counter(), out / f"{algo}-{seed}"
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--algo", algo, "--seed", str(seed), "--out", run],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, ROOT / "train.py", "--algo", algo, "--seed", str(seed)]
+    done = subprocess.run(
+        [*command, "--out", run],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     if done.returncode:
         raise SystemExit(f"demo.py: {run}: {done.stderr.strip() or 'ended without a word'}")
     seconds = time.perf_counter() - start
     result = json.loads((run / "eval.json").read_text(encoding="utf-8"))
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
-    explained = [m["explained_variance"] for m in metrics if "explained_variance" in m]
-    row = {"algo": algo, "seed": seed, "steps": metrics[-1]["step"], "seconds": round(seconds, 1),
-           **{stage: {k: result[stage][k] for k in ("accuracy", "ci95", "sampled_accuracy", "n")} for stage in result}}
-    if explained:
-        row["explained_variance_best5"] = max(sum(explained[i:i + 5]) / 5 for i in range(len(explained) - 4))
-    cells = [f"{result[stage]['sampled_accuracy']:.3f} / {result[stage]['accuracy']:.3f}" for stage in ("clean", "before", "after")]
-    print(f"| {algo} | {seed} | {' | '.join(cells)} | {seconds:.0f} s |" + (f" explained variance {row['explained_variance_best5']:.2f}" if explained else ""), flush=True)
+    with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
+        metrics = [json.loads(line) for line in lines]
+    row = {"algo": algo, "seed": seed, "steps": metrics[-1]["step"], "seconds": round(seconds, 1)}
+    row |= {stage: {k: found[k] for k in KEPT} for stage, found in result.items()}
+    if explained := [m["explained_variance"] for m in metrics if "explained_variance" in m]:
+        fives = [explained[i : i + 5] for i in range(len(explained) - 4)]
+        row["explained_variance_best5"] = max(sum(five) / 5 for five in fives)
+    show(row)
     return row
+
+
+def show(row: dict) -> None:
+    cells = [row["algo"], str(row["seed"])]
+    for stage in ("clean", "before", "after"):
+        cells.append(f"{row[stage]['sampled_accuracy']:.3f} / {row[stage]['accuracy']:.3f}")
+    line = f"| {' | '.join(cells)} | {row['seconds']:.0f} s |"
+    if "explained_variance_best5" in row:
+        line += f" explained variance {row['explained_variance_best5']:.2f}"
+    print(line, flush=True)
+
+
+def facts(jobs: int) -> dict:
+    """Where the numbers come from."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    machine = f"{platform.machine()} CPU of {os.cpu_count()} cores"
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{machine}, one thread a run, {jobs} runs at a time",
+        "commit": commit,
+    }
 
 
 def main() -> None:
@@ -50,12 +82,11 @@ def main() -> None:
     p.add_argument("--json")
     args = p.parse_args()
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = list(pool.map(lambda of: trained(args.out, *of), product(args.algos, args.seeds)))
+        runs = product(args.algos, args.seeds)
+        rows = list(pool.map(lambda of: trained(args.out, *of), runs))
     if args.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        facts = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": f"{platform.machine()} CPU of {os.cpu_count()} cores, one thread a run, {args.jobs} runs at a time",
-                 "commit": commit, "rows": rows}
-        Path(args.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(facts(args.jobs) | {"rows": rows}, indent=1)
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

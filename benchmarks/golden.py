@@ -23,17 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rewards
 import train
 from policy import Policy
+from support.demo_model import demo_policy, tiny_vl_policy
 
 TEXT = "--dataset demo --model {text} --template plain --max-new 10"
 IMAGES = "--dataset demo-images --task classify --model {images} --max-new 6"
-EPOCHS = (
-    "epochs" if any(f.name == "epochs" for f in dataclasses.fields(train.Config)) else "updates"
-)
 RUNS = {
     "grpo": f"{TEXT} --algo grpo --full --kl-coef 0.04",
-    "grpo-2x2": f"{TEXT} --algo grpo --full --{EPOCHS} 2 --minibatches 2 --micro-batch 1",
+    "grpo-2x2": f"{TEXT} --algo grpo --full --epochs 2 --minibatches 2 --micro-batch 1",
     "grpo-lora": f"{TEXT} --algo grpo --no-full --kl-coef 0.04 --micro-batch 2 --checkpointing",
-    "dr_grpo": f"{TEXT} --algo dr_grpo --full --{EPOCHS} 2",
+    "dr_grpo": f"{TEXT} --algo dr_grpo --full --epochs 2",
     "dapo": f"{TEXT} --algo dapo --full",
     "rloo": f"{TEXT} --algo rloo --full",
     "gspo": f"{TEXT} --algo gspo --full --minibatches 2",
@@ -77,10 +75,6 @@ def in_float64() -> None:
 
 def make_models(folder: Path) -> None:
     """Random models as folders; logits widened, since at first all tokens would be as likely."""
-    if hasattr(train, "demo"):
-        from demo import demo_policy, tiny_vl_policy
-    else:
-        from support.demo_model import demo_policy, tiny_vl_policy
     texts = ["Which outline does the lesion have? - round - irregular <think> </think>"]
     for name, policy in (("text", demo_policy(0)), ("images", tiny_vl_policy(0, texts))):
         policy.model.double().lm_head.weight.data.mul_(3)
@@ -141,7 +135,7 @@ def compare(old: Path, new: Path) -> bool:
         good = said[0] == said[1] and len(said[0]) > 0 and difference <= 1e-6 * moved and not apart
         same = same and good
         print(
-            f"{name:14} completions {'equal' if said[0] == said[1] else 'DIFFER'} ({len(said[0])}), "
+            f"{name:14} {len(said[0])} completions {'equal' if said[0] == said[1] else 'DIFFER'}, "
             f"weights differ by {difference:.1e} where they moved by {moved:.1e}, "
             f"metrics apart: {', '.join(dict.fromkeys(apart)) or 'none'}: "
             f"{'same' if good else 'DIFFERENT'}"

@@ -1,96 +1,278 @@
-"""Writes the README's tables from benchmarks/results/*.json: `python benchmarks/tables.py`; `--check` fails where they differ."""
+"""Writes the numbers of README.md and docs/: tables from benchmarks/results/*.json, lines of files.
+
+    python benchmarks/tables.py            # writes; with --check it only fails where they differ
+
+A table stands between `<!-- NAME table ... -->` and `<!-- /NAME table -->`, where NAME is a row of
+RESULTS. Between the marks of the `files` table only the number of lines is written.
+"""
+
 import json
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+# ------------------------------------------------------------------------------------------ cells
+def table(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def span(values: list[float], form: str) -> str:
+    """0.23 to 0.26"""
+    return f"{min(values):{form}} to {max(values):{form}}"
+
+
+def interval(value: float, low: float, high: float, form: str = ".3f") -> str:
+    """0.977 [0.953, 0.989]"""
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+# ------------------------------------------------------------------------- one function a result
 def demo(found: dict) -> str:
-    rows = ["| `--algo` | steps | spoilt start: sampled | trained: sampled | greedy, and its interval for the lowest seed | minutes |", "|---|---|---|---|---|---|"]
-    between = lambda values, form: f"{min(values):{form}} to {max(values):{form}}"
-    for algo in dict.fromkeys(r["algo"] for r in found["rows"]):
-        of = [r for r in found["rows"] if r["algo"] == algo]
-        greedy, lowest = [r["after"]["accuracy"] for r in of], min((r["after"] for r in of), key=lambda after: after["accuracy"])
-        rows.append(f"| {algo} | {of[0]['steps']} | {between([r['before']['sampled_accuracy'] for r in of], '.2f')} | **{between([r['after']['sampled_accuracy'] for r in of], '.3f')}** | "
-                    f"{between(greedy, '.3f')} [{lowest['ci95'][0]:.3f}, {lowest['ci95'][1]:.3f}] | {between([r['seconds'] / 60 for r in of], '.1f')} |")
-    best, clean = [r["explained_variance_best5"] for r in found["rows"] if "explained_variance_best5" in r], [r["clean"]["sampled_accuracy"] for r in found["rows"]]
-    return "\n".join(rows) + (f"\n\nAccuracy on {found['rows'][0]['after']['n']} held-out vignettes, seeds {', '.join(sorted({str(r['seed']) for r in found['rows']}))}; 95% Wilson intervals; before it is spoilt the model samples "
-                              f"{between(clean, '.3f')}. {found['machine']}. PPO's critic: explained variance up to {between(best, '.2f')} (best mean of five steps, by seed). Commit {found['commit']}.")
+    header = [
+        "`--algo`",
+        "steps",
+        "spoilt start: sampled",
+        "trained: sampled",
+        "greedy, and its interval for the lowest seed",
+        "minutes",
+    ]
+    rows = []
+    for algo in dict.fromkeys(run["algo"] for run in found["rows"]):
+        runs = [run for run in found["rows"] if run["algo"] == algo]
+        before, after = [run["before"] for run in runs], [run["after"] for run in runs]
+        greedy = [result["accuracy"] for result in after]
+        low, high = after[greedy.index(min(greedy))]["ci95"]
+        row = [
+            algo,
+            runs[0]["steps"],
+            span([result["sampled_accuracy"] for result in before], ".2f"),
+            f"**{span([result['sampled_accuracy'] for result in after], '.3f')}**",
+            f"{span(greedy, '.3f')} [{low:.3f}, {high:.3f}]",
+            span([run["seconds"] / 60 for run in runs], ".1f"),
+        ]
+        rows.append(row)
+    clean = span([run["clean"]["sampled_accuracy"] for run in found["rows"]], ".3f")
+    explained = [run.get("explained_variance_best5") for run in found["rows"]]
+    critic = span([value for value in explained if value is not None], ".2f")
+    seeds = ", ".join(sorted({str(run["seed"]) for run in found["rows"]}))
+    return (
+        f"{table(header, rows)}\n\n"
+        f"Accuracy on {found['rows'][0]['after']['n']} held-out vignettes, seeds {seeds}; "
+        f"95% Wilson intervals; before it is spoilt the model samples {clean}. "
+        f"{found['machine']}. PPO's critic: explained variance up to {critic} "
+        f"(best mean of five steps, by seed). Commit {found['commit']}."
+    )
 
 
 def compare(found: dict) -> str:
-    rows = ["| trained by | greedy | sampled | maj@4 | pass@4 | same answer when options rotate |", "|---|---|---|---|---|---|"]
-    cell = lambda value, ci: f"{value:.3f} [{ci[0]:.3f}, {ci[1]:.3f}]"
-    for r in found["results"]:
-        rows.append(f"| {Path(r['model']).name} | {cell(r['accuracy'], r['ci95'])} | {cell(r['sampled_accuracy'], r['sampled_ci95'])} | {r['maj_at_k']:.3f} | "
-                    f"{r['pass_at_k']['4']:.3f} | {r['rotated_agreement']:.3f} |")
-    lines = [f"{Path(c['b']).name} against {Path(c['a']).name}: {c['difference']:+.3f} [{c['difference_ci95'][0]:+.3f}, {c['difference_ci95'][1]:+.3f}], McNemar's p {c['mcnemar_p']:.2f}"
-             for c in found["comparisons"]]
-    return "\n".join(rows) + f"\n\n{'; '.join(lines)} (greedy, {found['comparisons'][0]['n']} items)."
+    header = [
+        "trained by",
+        "greedy",
+        "sampled",
+        "maj@4",
+        "pass@4",
+        "same answer when options rotate",
+    ]
+    rows = []
+    for result in found["results"]:
+        row = [
+            Path(result["model"]).name,
+            interval(result["accuracy"], *result["ci95"]),
+            interval(result["sampled_accuracy"], *result["sampled_ci95"]),
+            f"{result['maj_at_k']:.3f}",
+            f"{result['pass_at_k']['4']:.3f}",
+            f"{result['rotated_agreement']:.3f}",
+        ]
+        rows.append(row)
+    differences = []
+    for pair in found["comparisons"]:
+        difference = interval(pair["difference"], *pair["difference_ci95"], "+.3f")
+        names = f"{Path(pair['b']).name} against {Path(pair['a']).name}"
+        differences.append(f"{names}: {difference}, McNemar's p {pair['mcnemar_p']:.2f}")
+    n = found["comparisons"][0]["n"]
+    return f"{table(header, rows)}\n\n{'; '.join(differences)} (greedy, {n} items)."
 
 
 def real(found: dict) -> str:
-    rows = ["| seed | well formed, first five steps | last five steps | accuracy, first and last five |", "|---|---|---|---|"]
-    share = lambda x: f"{x['share']:.2f} [{x['ci95'][0]:.2f}, {x['ci95'][1]:.2f}]"
-    rows += [f"| {r['seed']} | {share(r['formed_first'])} | {share(r['formed_last'])} | {r['accuracy_first']:.2f}, {r['accuracy_last']:.2f} |" for r in found["rows"]]
-    return found["text"] + "\n\n" + "\n".join(rows)
+    header = [
+        "seed",
+        "well formed, first five steps",
+        "last five steps",
+        "accuracy, first and last five",
+    ]
+    rows = []
+    for run in found["rows"]:
+        first, last = run["formed_first"], run["formed_last"]
+        row = [
+            run["seed"],
+            interval(first["share"], *first["ci95"], ".2f"),
+            interval(last["share"], *last["ci95"], ".2f"),
+            f"{run['accuracy_first']:.2f}, {run['accuracy_last']:.2f}",
+        ]
+        rows.append(row)
+    return f"{found['text']}\n\n{table(header, rows)}"
 
 
 def vision(found: dict) -> str:
-    rows = ["| | tokens a pass | vision tower runs | seconds a step | peak memory |", "|---|---|---|---|---|",
-            f"| once per group | {found['tokens']} | {found['tower_runs']} | {found['seconds']:.1f} | {found['peak_gb']:.2f} GB |",
-            f"| once per sample | {found['peer_tokens']} | {found['peer_tower_runs']} | {found['peer_seconds']:.1f} | {found['peer_peak_gb']:.2f} GB |"]
-    return "\n".join(rows) + (f"\n\n**{found['ratio']:.1f} times** faster (median; pairs {', '.join(f'{x:.1f}' for x in found['ratios'])}). {found['model']}, {found['prompts']} BCCD photographs "
-                              f"of {found['image_tokens'][0]} image tokens, {found['samples']} samples of {found['max_new']} tokens, {found['threads']} CPU threads, fp32. GPU: not measured.")
+    header = ["", "tokens a pass", "vision tower runs", "seconds a step", "peak memory"]
+    rows = []
+    for side, peer in (("once per group", ""), ("once per sample", "peer_")):
+        row = [
+            side,
+            found[f"{peer}tokens"],
+            found[f"{peer}tower_runs"],
+            f"{found[f'{peer}seconds']:.1f}",
+            f"{found[f'{peer}peak_gb']:.2f} GB",
+        ]
+        rows.append(row)
+    pairs = ", ".join(f"{ratio:.1f}" for ratio in found["ratios"])
+    return (
+        f"{table(header, rows)}\n\n"
+        f"**{found['ratio']:.1f} times** faster (median; pairs {pairs}). {found['model']}, "
+        f"{found['prompts']} BCCD photographs of {found['image_tokens'][0]} image tokens, "
+        f"{found['samples']} samples of {found['max_new']} tokens, {found['threads']} CPU threads, "
+        "fp32. GPU: not measured."
+    )
+
+
+MEASURED = {  # of vs_trl.json: what is measured, and the other side
+    "step": ("whole step", "TRL"),
+    "in_sampling": ("of it sampling", "TRL"),
+    "memory": ("peak memory", "TRL"),
+    "step_completions": ("whole step", "TRL, its head on completions only"),
+    "step_by_prompt": ("whole step, one prompt a pass", "TRL, likewise"),
+    "memory_by_prompt": ("peak memory, one prompt a pass", "TRL, likewise"),
+    "sampling": ("sampling alone", "Hugging Face `generate`"),
+    "scoring": ("log-probs and backward alone", "replicated prompts"),
+}
 
 
 def trl(found: dict) -> str:
-    names = {"step": ("whole step", "TRL"), "in_sampling": ("of it sampling", "TRL"), "memory": ("peak memory", "TRL"), "step_completions": ("whole step", "TRL, its head on completions only"),
-             "step_by_prompt": ("whole step, one prompt a pass", "TRL, likewise"), "memory_by_prompt": ("peak memory, one prompt a pass", "TRL, likewise"), "sampling": ("sampling alone", "Hugging Face `generate`"), "scoring": ("log-probs and backward alone", "replicated prompts")}
-    found = found | {"in_sampling": found["step"]["in_sampling"]}
-    rows = ["| | ours | the other | ratio (median; pair by pair) |", "|---|---|---|---|"]
-    for key, (what, peer) in names.items():
-        if key in found:
-            r, (unit, form) = found[key], ("gb", "{:.1f} GB") if key.startswith("memory") else ("seconds", "{:.1f} s")
-            rows.append(f"| {what} | {form.format(r[unit])} | {peer}: {form.format(r['peer_' + unit])} | **{r['ratio']:.1f}** ({', '.join(f'{x:.1f}' for x in r['ratios'])}) |")
-    commits = "; ".join(f"{what} at commit {commit[:7]}" for what, commit in found.get("commits", {"all": found["commit"]}).items())
-    heads = [f"{h['vocabulary']:,} x {h['length']:,}: {h['gb']:.2f} / {h['peer_gb']:.2f}" for h in found.get("head", [])]
-    return "\n".join(rows) + (f"\n\n{found['model']}, {found['prompts']} prompts of {min(found['prompt_tokens'])} to {max(found['prompt_tokens'])} tokens x {found['samples']} samples x {found['max_new']} tokens, "
-                              f"{found['threads']} CPU threads, fp32; trl {found['trl']}, transformers {found['transformers']}, torch {found['torch']}; {found['machine']}; {commits}, {found['date']}. GPU: not measured."
-                              + (f"\n\nMemory of the head's pass above 16 tokens' (vocabulary x tokens: ours / full logits, GB): {'; '.join(heads)}." if heads else ""))
+    rows = []
+    for key, (what, peer) in MEASURED.items():
+        measured = found["step"]["in_sampling"] if key == "in_sampling" else found.get(key)
+        if measured is None:
+            continue
+        unit, form = ("gb", "GB") if key.startswith("memory") else ("seconds", "s")
+        pairs = ", ".join(f"{ratio:.1f}" for ratio in measured["ratios"])
+        row = [
+            what,
+            f"{measured[unit]:.1f} {form}",
+            f"{peer}: {measured[f'peer_{unit}']:.1f} {form}",
+            f"**{measured['ratio']:.1f}** ({pairs})",
+        ]
+        rows.append(row)
+    commits = found.get("commits", {"all": found["commit"]})
+    at = "; ".join(f"{what} at commit {commit[:7]}" for what, commit in commits.items())
+    shortest, longest = min(found["prompt_tokens"]), max(found["prompt_tokens"])
+    caption = (
+        f"{found['model']}, {found['prompts']} prompts of {shortest} to {longest} tokens x "
+        f"{found['samples']} samples x {found['max_new']} tokens, {found['threads']} CPU threads, "
+        f"fp32; trl {found['trl']}, transformers {found['transformers']}, torch {found['torch']}; "
+        f"{found['machine']}; {at}, {found['date']}. GPU: not measured."
+    )
+    parts = [table(["", "ours", "the other", "ratio (median; pair by pair)"], rows), caption]
+    if found.get("head"):
+        heads = [
+            f"{h['vocabulary']:,} x {h['length']:,}: {h['gb']:.2f} / {h['peer_gb']:.2f}"
+            for h in found["head"]
+        ]
+        parts.append(
+            "Memory of the head's pass above 16 tokens' (vocabulary x tokens: ours / full logits, "
+            f"GB): {'; '.join(heads)}."
+        )
+    return "\n\n".join(parts)
 
 
-def ablation(task: str):
-    cell = lambda x, sign="": f"{x[0]:{sign}.3f} [{x[1]:{sign}.3f}, {x[2]:{sign}.3f}]"
-    titles = {"start": "start", "sampled": "after: sampled", "greedy": "greedy", "kappa": "kappa"}
-    differences = {"sampled": "sampled, minus v-rft", "kappa_over_steps": "kappa over the steps, minus v-rft"}
-    def render(found: dict) -> str:
-        lines = found["summary"]
-        there = lambda names: [name for name in names if name in lines[0]]
-        rows = [f"| {task} | seeds | " + " | ".join([*(titles[n] for n in there(titles)), *(differences[n] for n in there(differences))]) + " |"]
-        rows.append("|---" * (rows[0].count("|") - 1) + "|")
-        for line in lines:
-            against = line.get("against_v-rft")
-            rows.append(f"| {line['arm']} | {line['seeds']} | " + " | ".join([*(cell(line[n]) for n in there(titles)), *(cell(against[n], "+") if against else "-" for n in there(differences))]) + " |")
-        twice = [f"{line['arm']} minus 'v-rft, twice the steps': {cell(line['against_twice']['sampled'], '+')}" for line in lines if "boxes" in line["arm"] and "against_twice" in line]
-        return "\n".join(rows) + (f"\n\nSampled accuracy on test, paired by seed: {'; '.join(twice)}." if twice else "")
-    return render
+def ablation(found: dict) -> str:
+    """One row an arm: means over seeds, and differences from v-rft paired by seed."""
+    lines = found["summary"]
+    means = {"start": "start", "sampled": "after: sampled", "greedy": "greedy", "kappa": "kappa"}
+    against = {
+        "sampled": "sampled, minus v-rft",
+        "kappa_over_steps": "kappa over the steps, minus v-rft",
+    }
+    means = {name: title for name, title in means.items() if name in lines[0]}
+    against = {name: title for name, title in against.items() if name in lines[0]}
+    rows, twice = [], []
+    for line in lines:
+        row = [line["arm"], line["seeds"], *(interval(*line[name]) for name in means)]
+        for name in against:
+            difference = line.get("against_v-rft")
+            row.append(interval(*difference[name], "+.3f") if difference else "-")
+        rows.append(row)
+        if "boxes" in line["arm"] and "against_twice" in line:
+            difference = interval(*line["against_twice"]["sampled"], "+.3f")
+            twice.append(f"{line['arm']} minus 'v-rft, twice the steps': {difference}")
+    header = [found["task"], "seeds", *means.values(), *against.values()]
+    text = table(header, rows)
+    if twice:
+        text += f"\n\nSampled accuracy on test, paired by seed: {'; '.join(twice)}."
+    return text
+
+
+RESULTS = {  # table: its file in benchmarks/results, its function
+    "demo": ("demo", demo),
+    "compare": ("demo_compare", compare),
+    "real": ("real", real),
+    "vision": ("vision_step", vision),
+    "trl": ("vs_trl", trl),
+    "grade": ("ablation_grade", ablation),
+    "outline": ("ablation_classify", ablation),
+}
+
+
+# ------------------------------------------------------------------------------- lines of files
+def lines_of(path: Path) -> int:
+    """The lines of a file, or of all files of a folder that are code of ours."""
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if file.suffix in (".py", ".css", ".js")]
+        return sum(map(lines_of, files))
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def counted(rows: str) -> str:
+    """The second cell of each row whose first names a file or folder, to the nearest ten."""
+
+    def with_lines(found: re.Match) -> str:
+        return f"| `{found[1]}` | {round(lines_of(ROOT / found[1]), -1):,} |"
+
+    return re.sub(r"^\| `([\w/.]+)` \|[ \d,]*\|", with_lines, rows, flags=re.M)
+
+
+# ----------------------------------------------------------------------------------------- pages
+def marked(name: str) -> re.Pattern:
+    return re.compile(rf"(<!-- {name} table[^>]*-->\n)(.*?)(<!-- /{name} table -->)", re.S)
+
+
+def written(text: str) -> str:
+    """A page with the tables that it has marks for."""
+    for name, (file, render) in RESULTS.items():
+        if marked(name).search(text):
+            path = ROOT / "benchmarks" / "results" / f"{file}.json"
+            rendered = render(json.loads(path.read_text(encoding="utf-8")))
+            text = marked(name).sub(lambda m, new=rendered: f"{m[1]}{new}\n{m[3]}", text)
+    return marked("files").sub(lambda m: m[1] + counted(m[2]) + m[3], text)
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = before = readme.read_text(encoding="utf-8")
-    for name, file, render in (("demo", "demo", demo), ("compare", "demo_compare", compare), ("real", "real", real), ("vision", "vision_step", vision),
-                               ("trl", "vs_trl", trl), ("grade", "ablation_grade", ablation("grade")), ("outline", "ablation_classify", ablation("classify"))):
-        path = ROOT / "benchmarks" / "results" / f"{file}.json"
-        if path.exists():
-            table = render(json.loads(path.read_text(encoding="utf-8")))
-            text = re.sub(rf"(<!-- {name} table[^>]*-->\n).*?(<!-- /{name} table -->)", lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
-    if "--check" in sys.argv:
-        raise SystemExit("README.md: its tables are not those of benchmarks/results: run python benchmarks/tables.py" if text != before else 0)
-    readme.write_text(text, encoding="utf-8")
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    for name in (*RESULTS, "files"):
+        places = sum(len(marked(name).findall(text)) for text in texts.values())
+        if places != 1:
+            raise SystemExit(f"tables.py: the {name} table has {places} places, not one")
+    stale = [page for page, text in texts.items() if written(text) != text]
+    if "--check" not in sys.argv:
+        for page in stale:
+            page.write_text(written(texts[page]), encoding="utf-8")
+    elif stale:
+        names = ", ".join(str(page.relative_to(ROOT)) for page in stale)
+        raise SystemExit(f"{names}: not the numbers of today: run python benchmarks/tables.py")
 
 
 if __name__ == "__main__":
