@@ -101,7 +101,8 @@ class Batch:
     def shuffled(self, n: int, seed: int) -> list["Batch"]:
         """n minibatches, at most one a prompt, of prompts in an order drawn from the seed."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return [self.take(which) for which in order.tensor_split(max(1, min(n, len(self))))]
+        parts = order.tensor_split(max(1, min(n, len(self))))
+        return [self.take(which) for which in parts if len(which)]
 
     def split(self, size: int, prompts: range) -> list["Batch"]:
         """Micro-batches of at most `size` of these prompts; 0 = all at once."""

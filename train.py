@@ -51,7 +51,9 @@ def train(  # noqa: C901, PLR0912, PLR0915 (the whole algorithm in sight)
     optimizer = make_optimizer(policy, config)
     log = Log(run, policy, optimizer, config, stopping)
     for step in log.steps():
-        set_learning_rate(optimizer, step, config)
+        for group in optimizer.param_groups:  # the policy's, and the critic's
+            peak = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = learning_rate(step, config, peak)
 
         # 1. Sample G completions of each of P questions; each prompt is computed once per group.
         questions = data.batch_for_step(splits["train"], step, config.prompts, config.seed)
@@ -269,7 +271,7 @@ def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
     groups = []
     for part, lr in (("policy", config.lr), ("critic", config.value_lr)):
         if parameters := list(policy.trainable(part).values()):
-            groups.append({"params": parameters, "lr": lr, "base_lr": lr})
+            groups.append({"params": parameters, "lr": lr})
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
@@ -302,11 +304,6 @@ def say_skipped(
         f"step {step + 1}: loss {stats['loss']}, gradient norm {stats['policy_grad_norm']}: this "
         f"update is skipped and the weights stay. {reason}"
     )
-
-
-def set_learning_rate(optimizer, step: int, config: Config) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config, group["base_lr"])
 
 
 def learning_rate(step: int, config: Config, peak: float) -> float:

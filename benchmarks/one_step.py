@@ -44,7 +44,7 @@ def update(policy, optimizer, rollouts: list, config, step: int = 0) -> dict:
     with (
         mock.patch.object(train, "Log", lambda *args: log),
         mock.patch.object(train, "make_optimizer", lambda *args: optimizer),
-        mock.patch.object(train, "set_learning_rate", lambda *args: None),
+        mock.patch.object(train, "learning_rate", lambda step, config, peak: peak),
         mock.patch.object(train, "sample", lambda *args: rollouts),
         mock.patch.object(train, "demonstrations", lambda *args: rollouts),
         mock.patch.object(train, "refill", lambda policy, rollouts, *args: rollouts),

@@ -69,9 +69,8 @@ class Log:
             file.close()
 
     # -- what is told of a step, in this order
-    def sampled(self, rollouts: list, **counts) -> None:
+    def sampled(self, rollouts: list) -> None:
         self.rollouts = rollouts
-        self.metrics |= counts | describe(rollouts)
         self.sample_s = time.perf_counter() - self.began
 
     def updated(self, stats: Stats) -> None:
@@ -90,7 +89,7 @@ class Log:
         """metrics.jsonl, rollouts.jsonl and timing.jsonl of this step; troubles and alarms."""
         config = self.config
         in_use |= {"kl_coef": config.kl_coef, "temperature": config.temperature}
-        metrics = over_steps(self.updates) | self.metrics | in_use
+        metrics = self.metrics | describe(self.rollouts) | over_steps(self.updates) | in_use
         self.history.append(metrics)
         if found := alarms(self.history):
             metrics["alarms"] = found

@@ -50,7 +50,7 @@ def sgd(policy: Policy, config) -> torch.optim.SGD:
     groups = []
     for part in ("policy", "critic"):
         if parameters := list(policy.trainable(part).values()):
-            groups.append({"params": parameters, "lr": 0.5, "base_lr": 0.5})
+            groups.append({"params": parameters, "lr": 0.5})
     return torch.optim.SGD(groups)
 
 

@@ -355,7 +355,7 @@ def test_a_step_whose_groups_are_all_equal_is_said_and_moves_nothing(
     assert "step 1: every group was all right or all wrong after 4 rounds; the update" in shown
     (metrics,) = rows(out / "metrics.jsonl")
     assert (metrics["groups_dropped"], metrics["groups_unfilled"]) == (8, 2)
-    assert metrics["policy_grad_norm"] == 0 and "reward" not in metrics
+    assert not {"policy_grad_norm", "skipped", "reward"} & set(metrics)  # there was no update
     for name, p in Policy.load(model_dir, lora=0).trainable().items():
         assert torch.equal(weights_of(out)[name], p)
 
