@@ -2,8 +2,8 @@
 
 Read it with Med-RLVR (arXiv 2502.19655), section 4.2: MedQA test, the same prompt and grader as in
 training. Training calls `evaluate` before, during and after, so a checkpoint evaluated here repeats
-those numbers exactly. Every accuracy is a share of *all* items: an answer that cannot be read or
-was cut is a wrong one, and both rates stand beside it.
+those numbers exactly. Every accuracy is a share of all items whose prompt fits (how many do not is
+said): an answer that cannot be read, or was cut before it was given, is a wrong one.
 """
 
 import sys

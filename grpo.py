@@ -16,7 +16,8 @@ from torch import Tensor
 from support.metrics import Stats
 
 # One row an algorithm: the settings in which it differs from the defaults of support/config.py.
-# Where a paper's normaliser differs from ours by a constant factor, docs/algorithms.md says so.
+# What a data set needs (`defaults` in data.py) beats a row, and flags beat both: the demo, for one,
+# sets kl_coef to 0. docs/algorithms.md says what differs from each paper.
 ALGOS = {
     # arXiv 2402.03300; beta 0.04 as in Visual-RFT and its neighbours.
     "grpo": dict(scale="std", weights="sequence", kl="k3", kl_coef=0.04),
@@ -138,7 +139,7 @@ def token_weights(
     max_new: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """w_i, the weight of each token of row i in the one sum that is the loss. [N] -> [N]
+    """w_i, the weight of each token of row i in the one sum that is the loss. [N] or [P, G] -> same
 
     "sequence": 1 / (N len_i), every completion counts the same (GRPO)
     "token":    1 / sum(len), every token counts the same (DAPO)
@@ -153,7 +154,7 @@ def token_weights(
     tensor([0.2500, 0.2500])
     """
     lengths = lengths.to(dtype)
-    N = len(lengths)
+    N = lengths.numel()
     if mode == "sequence":
         return 1 / (N * lengths.clamp(min=1))
     if mode == "token":
@@ -189,10 +190,10 @@ def policy_loss(
     the clipped ratio is a constant weight, so that a clipped token keeps a gradient. Only the upper
     side is clipped, as in TRL; verl clips both.
 
-    On the first update rho = 1. Then the *value* of the loss is about -mean(A) = 0, while its
-    gradient is REINFORCE's: a loss of 0 is no sign of a fault.
+    On the first update rho = 1. Then the *value* of the loss is - sum w A, which is 0 in a group if
+    every row weighs the same, while its gradient is REINFORCE's: a loss of 0 is no sign of a fault.
     stats: clipped_low and clipped_high, the share of tokens past the clip on either side, weighted
-    like the loss; max_ratio, the largest rho of a counted token.
+    like the loss (nothing is clipped below by "cispo"); max_ratio, the largest rho counted.
 
     >>> logps = torch.tensor([[.6], [.6]]).log()
     >>> old = torch.tensor([[.4], [.4]]).log()          # rho = 1.5
@@ -223,7 +224,8 @@ def policy_loss(
     loss = -(token_weight * surrogate).sum()
 
     stats = Stats()
-    stats.mean("clipped_low", (rho < 1 - clip_low) & (advantages < 0), token_weight)
+    below = (rho < 1 - clip_low) & (advantages < 0) & (ratio != "cispo")
+    stats.mean("clipped_low", below, token_weight)
     stats.mean("clipped_high", (rho > 1 + clip_high) & (advantages > 0), token_weight)
     stats.max("max_ratio", rho.detach().expand_as(logps)[mask.bool()])
     return loss, stats

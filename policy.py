@@ -2,9 +2,9 @@
 
 A group is one prompt and G completions, laid out as one row [prompt | c_1 | ... | c_G]. Completions
 see the prompt and themselves, not each other. One attention function, registered with transformers,
-does this for scoring (with gradient) and for decoding (with cached keys and values), so old and
-reference log-probs, the gradient and the samples all share it, exactly and not approximately.
-The idea is Prefix Grouper's (arXiv 2506.05433).
+does this for scoring (with gradient) and for decoding (with cached keys and values). So old and
+reference log-probs, the gradient and the samples follow one rule: it is no approximation, and they
+are equal up to rounding. The idea is Prefix Grouper's (arXiv 2506.05433).
 """
 
 from contextlib import contextmanager, nullcontext
@@ -34,7 +34,7 @@ class Rollout:
     item: Item
     group: int  # the prompt's index in the step
     prompt_ids: list[int]
-    completion_ids: list[int]  # the last is what stopped it: an EOS, or the end of </answer>
+    completion_ids: list[int]  # if finished, the last one ends it: EOS, or the end of </answer>
     sample_logps: list[float]  # one per completion id
     finished: bool  # False: cut at the token limit
     text: str = ""  # decoded, without special tokens
@@ -52,7 +52,7 @@ class Rollout:
 
 @dataclass(eq=False)
 class Batch:
-    """All that an update compares: P prompts with G completions each. Made only by `collate`."""
+    """All that an update compares: P prompts with G completions each, put together by `collate`."""
 
     prompt_ids: Tensor  # [P, L] left-padded
     prompt_mask: Tensor  # [P, L] bool
@@ -324,7 +324,7 @@ class Settings:
 
     lora: int = 16  # the adapters' rank; 0 = all weights are trained
     critic: str = ""  # "", "head" (reads the policy's hidden states) or "lora" (has adapters too)
-    keep_reference: bool = False  # with lora=0, a frozen copy; adapters are switched off instead
+    keep_reference: bool = False  # a frozen copy for lora=0; adapters are switched off instead
     init: dict[str, Tensor] | None = None  # another run's weights: the beginning, the reference
     train_vision: bool = False
     checkpointing: bool = False  # of activations: the layers run again in the backward pass

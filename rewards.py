@@ -223,6 +223,8 @@ def fuzzy_grade(verdict: Verdict, config: Config) -> float:
 
 
 REWARDS = {"med-rlvr": med_rlvr, "acc-format": accuracy_format, "fuzzy": fuzzy_grade}
+# Under these a malformed completion earns nothing else, however right its answer and reasoning.
+FORM_FIRST = {"med-rlvr"}
 
 
 def judge(item, text: str, config: Config) -> Verdict:
@@ -322,8 +324,7 @@ def grade(
         raise UsageError(f"no reward named {config.reward!r}: {', '.join(REWARDS)}")
     verdict = judge(item, text, config)
     parsed, well_formed = verdict.parsed, verdict.well_formed
-    # Under med-rlvr a malformed completion earns -1, however right its answer and its reasoning.
-    counts = well_formed or config.reward != "med-rlvr"
+    counts = well_formed or config.reward not in FORM_FIRST
     parts = {
         "accuracy": float(counts and verdict.correct),
         "fuzzy": verdict.credit if counts and item.task == "grade" else 0.0,

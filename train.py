@@ -1,8 +1,8 @@
 """The training loop: sample, grade, compare, update; then log, evaluate, save.
 
 Read `train` with DeepSeekMath (arXiv 2402.03300), Algorithm 1, or with Med-RLVR (arXiv 2502.19655),
-section 3: it is that algorithm, top to bottom, and `loss_of` is its loss. The algorithms are the
-rows of `ALGOS`: settings of one weighted sum, none has code of its own.
+section 3: one iteration of its loop is one step here, and `loss_of` is its loss. The algorithms are
+rows of `ALGOS` in grpo.py: settings of one weighted sum.
 `python train.py` trains the demo on a laptop; `python train.py --dataset medqa` is the paper's task
 on one GPU.
 """
@@ -74,7 +74,7 @@ def train(  # noqa: C901, PLR0912, PLR0915 (the whole algorithm in sight)
             batch.old_logps, batch.values = score(policy, batch, config)
         if config.kl_coef > 0 and config.algo != "sft":
             with policy.reference():
-                batch.ref_logps, _ = score(policy, batch, config)
+                batch.ref_logps, _ = score(policy, batch, config, values_too=False)
 
         # 4. Advantage: better than its siblings (GRPO), or than the critic expected (PPO)?
         if config.advantage == "gae":
@@ -88,7 +88,8 @@ def train(  # noqa: C901, PLR0912, PLR0915 (the whole algorithm in sight)
         for epoch in range(config.epochs):
             order = fold(config.seed, step, "order", epoch)
             for minibatch in batch.shuffled(config.minibatches, order):
-                minibatch.token_weights = token_weights(minibatch.lengths, config)
+                weights = grpo.token_weights(minibatch.lengths, config.weights, config.max_new)
+                minibatch.token_weights = weights  # [P, G], over all rows of the optimiser step
                 stats = Stats()
                 mine = distributed.share(len(minibatch))  # all prompts, if there is one process
                 for part in minibatch.split(config.micro_batch, mine):
@@ -112,9 +113,11 @@ def train(  # noqa: C901, PLR0912, PLR0915 (the whole algorithm in sight)
 
 
 def loss_of(policy: Policy, batch: Batch, config: Config, step: int) -> tuple[Tensor, Stats]:
-    """- sum_i w_i sum_t min(rho A, clip(rho) A) + kl_coef KL: what the rows of `batch` add to it.
+    """sum_i w_i sum_t [- min(rho A, clip(rho) A) + kl_coef KL]: what the rows of `batch` add to it.
 
-    A metric of your own is one line here: `stats.mean("logp", logps, each)`.
+    PPO has its KL in the rewards and the critic's error beside it; SFT is - sum_i w_i sum_t log pi.
+    A metric of your own is one line here: `stats.mean("logp", logps, each)` weighs tokens as the
+    loss does, `mask` in place of `each` gives the plain mean over tokens.
     """
     scores = policy.score(batch, config.temperature)
     logps, mask = by_row(scores.logps), by_row(batch.mask)  # [N, T]
@@ -187,8 +190,9 @@ def refill(
 ) -> list[Rollout]:
     """DAPO's dynamic sampling (arXiv 2503.14476, section 3.2).
 
-    A group that is all right or all wrong has no advantage. It is dropped and another question is
-    sampled for it, at most REFILLS times a step. Groups are numbered anew.
+    A group that is all right or all wrong does not tell right from wrong. It is dropped, even where
+    its form still differs, and another question is sampled for it, at most REFILLS times a step.
+    Groups are numbered anew.
     """
     kept: list[list[Rollout]] = []
     dropped = 0
@@ -218,13 +222,15 @@ def refill(
 
 
 @torch.no_grad()
-def score(policy: Policy, batch: Batch, config: Config) -> tuple[Tensor, Tensor | None]:
+def score(
+    policy: Policy, batch: Batch, config: Config, values_too: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Log-probs and, where there is a critic, its values, of all completions. -> [P, G, T] x 2"""
     found = torch.zeros(2, *batch.mask.shape, device=policy.device)
     mine = distributed.share(len(batch))
     first = mine.start
     for part in batch.split(config.micro_batch, mine):
-        scores = policy.score(part, config.temperature)
+        scores = policy.score(part, config.temperature, values_too)
         rows = slice(first, first + len(part))
         for kind, x in enumerate((scores.logps, scores.values)):
             if x is not None:
@@ -257,12 +263,6 @@ def ppo_advantages(batch: Batch, config: Config, log: Log) -> tuple[Tensor, Tens
 
 
 # ------------------------------------------------------------------------------- the optimiser
-def token_weights(lengths: Tensor, config: Config) -> Tensor:
-    """[P, G] -> [P, G], over all rows of an optimiser step."""
-    weights = grpo.token_weights(lengths.flatten(), config.weights, config.max_new)
-    return weights.view(lengths.shape)
-
-
 def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
     """Two groups: the policy, and the critic with a learning rate of its own.
 
@@ -293,7 +293,7 @@ def say_skipped(
     policy: Policy, batch: Batch, rollouts: list[Rollout], config: Config, step: int, stats: Stats
 ) -> None:
     """An update that is not finite never reaches the weights; which rows may be the reason."""
-    logps, _ = score(policy, batch, config)
+    logps, _ = score(policy, batch, config, values_too=False)
     finite = logps.isfinite().all(2).flatten().tolist()
     rows = [row for row, is_finite in enumerate(finite) if not is_finite][:8]
     reason = "The log-probs of every row are finite"

@@ -70,7 +70,8 @@ def read_flags(argv: list[str] | None = None) -> tuple[dict, Path | None]:
     )
     of_algorithm = {name for row in ALGOS.values() for name in row}
     for f in fields(Config):
-        kind = {"type": type(f.default), "choices": f.metadata["choices"]}
+        choices = tuple(ALGOS) if f.name == "algo" else f.metadata["choices"]
+        kind = {"type": type(f.default), "choices": choices}
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         default = "as --algo has it" if f.name in of_algorithm else repr(f.default)

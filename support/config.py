@@ -70,7 +70,6 @@ class Config:
     algo: str = setting(
         "grpo",
         "a row of ALGOS in grpo.py",
-        ("grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "ppo", "sft"),
     )
     advantage: str = setting(
         "group",
