@@ -38,7 +38,8 @@ ALGOS = {
         clip_high=4e-4,
         minibatches=4,
     ),
-    # MiniMax-M1, arXiv 2506.13585: a clipped token keeps its gradient.
+    # MiniMax-M1, arXiv 2506.13585: a clipped token keeps its gradient. The clip and the number of
+    # minibatches are our choice.
     "cispo": dict(scale="std", weights="token", ratio="cispo", clip_high=4.0, minibatches=4),
     # arXiv 1707.06347; Med-RLVR, section 3.
     "ppo": dict(advantage="gae", weights="sequence", kl="k1", kl_coef=0.01, minibatches=4),
@@ -227,7 +228,7 @@ def policy_loss(
     below = (rho < 1 - clip_low) & (advantages < 0) & (ratio != "cispo")
     stats.mean("clipped_low", below, token_weight)
     stats.mean("clipped_high", (rho > 1 + clip_high) & (advantages > 0), token_weight)
-    stats.max("max_ratio", rho.detach().expand_as(logps)[mask.bool()])
+    stats.max("max_ratio", rho.detach() * counted)
     return loss, stats
 
 

@@ -80,14 +80,14 @@ class Batch:
         """One number a counted token, [sum of lengths] -> [P, G, T], 0 elsewhere."""
         return torch.zeros(self.mask.shape, device=x.device).masked_scatter(self.mask, x)
 
-    def take(self, which: Tensor) -> "Batch":
+    def take(self, which: slice | Tensor) -> "Batch":
         """Only these prompts, with all their completions and no more padding than they need."""
         unused = int((~self.prompt_mask[which].any(0)).sum())  # columns left of every prompt
         T = max(1, int(self.mask[which].any(0).any(0).sum()))
         taken = {}
         for name, x in vars(self).items():
             if isinstance(x, list):
-                taken[name] = [x[p] for p in which.tolist()]
+                taken[name] = [x[p] for p in torch.arange(len(x))[which].tolist()]
             elif x is None:
                 taken[name] = None
             elif x.dim() == 3:
@@ -106,8 +106,9 @@ class Batch:
 
     def split(self, size: int, prompts: range) -> list["Batch"]:
         """Micro-batches of at most `size` of these prompts; 0 = all at once."""
-        which = torch.arange(prompts.start, prompts.stop)
-        return [self.take(part) for part in which.split(size or len(which) or 1) if len(part)]
+        firsts = prompts[:: size or len(prompts) or 1]
+        ends = [*firsts[1:], prompts.stop]
+        return [self.take(slice(first, end)) for first, end in zip(firsts, ends)]
 
 
 @dataclass
@@ -447,10 +448,11 @@ class Policy:
 
     # -- the model's calls: hidden states, logits
     def autocast(self):
-        """For the decoder and for the head's product, and for nothing else.
+        """For the decoder and for the head's product, and for nothing else while scoring.
 
         What is done with logits and hidden states (log-probs, entropies, values) stands outside:
-        autocast would bring dot products and the value head to bf16.
+        autocast would bring dot products and the value head to bf16. Sampling stands within one
+        such block as a whole: the casts of the weights are kept until the outermost one ends.
         """
         return torch.autocast(self.device.type, torch.bfloat16) if self.mixed else nullcontext()
 
@@ -531,7 +533,7 @@ class Policy:
         positions, starts = self.positions(prompts)  # starts [P]: position of the next token
         # rows [P', G']: which row sits in which slot, of those that are still written.
         rows = torch.arange(P * n, device=self.device).view(P, n)
-        with thin_products(self.model):
+        with self.autocast(), thin_products(self.model):
             hidden = self.hidden(prompts.prompt_ids, positions, cache, prompts.pictures)
             hidden = hidden[:, -1:]  # [P, 1, D]: left-padded, so the last one is real
             for t in range(max_new):
@@ -622,9 +624,10 @@ class Policy:
 
     def chunk_logps(self, h: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         every = self.logits(h, temperature).log_softmax(-1)  # [m, V]
-        with torch.no_grad():
+        logps = every.gather(1, target[:, None])[:, 0]
+        with torch.no_grad():  # last: the backward pass stops before it when it runs this again
             entropy = -torch.linalg.vecdot(every.exp(), every)
-        return every.gather(1, target[:, None])[:, 0], entropy
+        return logps, entropy
 
     # -- which weights are in force, and which are trained
     @contextmanager

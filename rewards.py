@@ -118,8 +118,9 @@ def match_option(answer: str | None, options: tuple[str, ...]) -> str:
             return "".join(alike) if same_text else ""
 
     both = LETTER_AND_TEXT.fullmatch(answer)
-    if both and normal(both[2]).casefold() == texts.get(both[1].upper(), "").casefold():
-        return both[1].upper()
+    letter = both[1].upper() if both else ""
+    if letter in texts and normal(both[2]).casefold() == texts[letter].casefold():
+        return letter
     return ""
 
 

@@ -139,7 +139,7 @@ def loss_of(policy: Policy, batch: Batch, config: Config, step: int) -> tuple[Te
             ratio=config.ratio,
         )
         sampler_gap = (old_logps - by_row(batch.sample_logps)).abs()
-        stats.max("max_sampler_gap", sampler_gap[mask])
+        stats.max("max_sampler_gap", sampler_gap * mask)
     if config.advantage == "gae":  # its KL is in the rewards
         values, old_values = by_row(scores.values), by_row(batch.values)
         error = grpo.value_loss(
@@ -338,6 +338,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"--export {export} exists: name a new folder")
     if not dry_run:
         main_run(given, resume, export)
+    elif resume:
+        raise UsageError("--dry-run is for a new run: leave --resume out")
     else:
         runs.free_folder(given.get("out", ""))
         with tempfile.TemporaryDirectory() as folder:
@@ -389,7 +391,7 @@ def main_run(given: dict, resume: Path | None, export: str = "", dry_run: bool =
 def train_within_memory(
     config: Config, run: Path, policy: Policy, splits: dict, facts: dict, init: dict | None
 ) -> Policy:
-    """`train`, and where memory runs out all the same: again, with half the micro-batch.
+    """`train`, and where memory runs out all the same: again, with half the sizes.
 
     Then it goes on as any resumed run does, from the newest checkpoint or from the beginning, so
     nothing of the step that failed is left.
@@ -403,14 +405,13 @@ def train_within_memory(
                 pass  # the exception holds what the step had made: it ends with this block
             # The caller holds the policy too, and its weights must go before others come.
             vars(policy).clear()
-            config = memory.halved(config, "training")
+            config = memory.smaller(config, facts["sizes"], "training")
             if distributed.world() > 1:
                 raise UsageError(
                     "the other processes cannot be called back in the middle of a step; go on with "
                     f"--resume {run} --micro-batch {config.micro_batch}"
                 )
-            facts["sizes"]["micro_batch"] = config.micro_batch
-            runs.write_beginning(run, facts, init)
+            runs.write_json(run / "run.json", facts)
             policy = runs.new_policy(config, run, facts["machine"]["device"], init)
             config = memory.chosen_sizes(policy, splits["train"], config, facts)
 

@@ -137,8 +137,8 @@ def forked(target, *args) -> int:
 def import_once() -> None:
     """What all commands import. None of ours, and no tensor: threads do not survive a fork."""
     from transformers import AutoTokenizer  # noqa: F401, PLC0415 (--help need not wait for it)
-    from transformers.models.qwen2 import modeling_qwen2  # noqa: F401, PLC0415
-    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # noqa: F401, PLC0415
+    from transformers.models.qwen2 import modeling_qwen2  # noqa: F401, PLC0415 (as above)
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # noqa: F401, PLC0415 (as above)
 
 
 def make_tiny(model: Path, medmnist: Path) -> None:

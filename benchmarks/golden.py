@@ -39,7 +39,7 @@ RUNS = {
     "ppo-lora": f"{TEXT} --algo ppo --no-full --critic lora --critic-warmup 0 --kl-coef 0.05",
     "sft": f"{TEXT} --algo sft --full",
     "images": f"{IMAGES} --algo grpo --full --kl-coef 0.04",
-    "images-vision": f"{IMAGES} --algo grpo --full --train-vision",
+    "images-vision": f"{IMAGES} --algo grpo --full --train-vision --kl-coef 0.04",
     "images-lora": f"{IMAGES} --algo ppo --no-full --critic lora --critic-warmup 0",
 }
 METRICS = ["reward", "accuracy", "length", "think_words", "groups_equal", "loss", "entropy", "kl"]

@@ -468,7 +468,7 @@ def one_kind(size, lora: int, dtype: torch.dtype, rate: float) -> dict:
         }
     # torch's own count, which takes attention for full rectangles
     with FlopCounterMode(display=False) as counter:
-        policy.score(batch.take(range(2))).logps.sum().backward()
+        policy.score(batch.take(slice(2))).logps.sum().backward()
     counted = counter.get_total_flops() / flops(policy.model, 2, L, G, T, full)[1]
     return found | {
         "ratio": statistics.median(b["seconds"] / a["seconds"] for a, b in pairs),

@@ -549,40 +549,10 @@ def table(found: dict) -> str:
     return "\n".join(rows)
 
 
-def default_paths(args) -> None:
-    """Without --model and --data-dir: the samples in ../shared, and SmolLM2-135M made from them."""
-    shared, folder = ROOT.parent / "shared", Path(tempfile.gettempdir()) / "SmolLM2-135M"
-    maker = shared / "tools" / "smollm2.py"
-    wanted = [
-        text
-        for given, there, text in (
-            (args.model, maker.exists(), "--model DIR, a Hugging Face folder such as SmolLM2-135M"),
-            (args.data_dir, (shared / "data").is_dir(), "--data-dir DIR with MedQA's data_clean"),
-        )
-        if not given and not there
-    ]
-    if wanted:
-        raise UsageError(f"there is no ../shared to take it from: give {' and '.join(wanted)}")
-    if not args.model and not (folder / "config.json").exists():
-        print(f"making {folder}", flush=True)
-        # Moved when whole: an interrupted run leaves no half of a model.
-        with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-            if subprocess.run([sys.executable, maker, f"{work}/model"]).returncode:
-                raise UsageError(
-                    "SmolLM2-135M could not be made, for the reason above: or give --model DIR, "
-                    "a Hugging Face folder"
-                )
-            Path(f"{work}/model").rename(folder)
-    args.model, args.data_dir = args.model or str(folder), args.data_dir or str(shared / "data")
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument(
-        "--model",
-        help="a Hugging Face folder or hub name; empty = SmolLM2-135M, made by a tool in ../shared",
-    )
-    p.add_argument("--data-dir", help="folder with MedQA's data_clean; empty = ../shared/data")
+    p.add_argument("--model", required=True, help="a Hugging Face folder, such as SmolLM2-135M")
+    p.add_argument("--data-dir", required=True, help="folder with MedQA's data_clean")
     p.add_argument("--prompts", type=int, default=4)
     p.add_argument("--samples", type=int, default=8, help="at least 2: TRL refuses 1")
     p.add_argument("--max-new", type=int, default=64, help="forced tokens a sample")
@@ -625,7 +595,6 @@ def main() -> None:
         )
     if util.find_spec("trl") is None:
         raise UsageError("TRL is not installed: pip install trl")
-    default_paths(args)
     if len(data.load("medqa", "train", args.data_dir, limit=args.prompts)) < args.prompts:
         raise UsageError(f"{args.data_dir} has fewer than {args.prompts} training items")
     commit = subprocess.run(

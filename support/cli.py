@@ -140,6 +140,8 @@ def of_algorithm(config: Config):
         )
     if config.algo == "sft" and config.samples != 1:
         yield "--algo sft learns one completion an item: leave --samples at 1"
+    if config.algo == "sft" and config.dynamic:
+        yield "--dynamic drops groups of equal samples, and --algo sft has one sample an item"
     if config.kl == "k1" and not gae:
         yield ("--kl k1 in a loss has no gradient in expectation (see grpo.kl_term): use k2 or k3")
     if gae and config.kl != "k1":

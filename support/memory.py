@@ -129,6 +129,8 @@ def available(device: torch.device, held: int) -> float:
     if not meminfo.is_file():  # not Linux
         return math.inf
     lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    if "MemAvailable" not in lines:
+        return math.inf
     return int(lines["MemAvailable"].split()[0]) * 1024 + held
 
 
@@ -221,6 +223,22 @@ def chosen_sizes(policy: Policy, items: list[Item], config: Config, facts: dict)
         return set_sizes(policy, config, facts["sizes"])
     config = preflight(policy, items, config)
     facts["sizes"] = sizes_of(policy, config)
+    return config
+
+
+def smaller(config: Config, sizes: dict[str, int], where: str) -> Config:
+    """After memory ran out: half the micro-batch, and where that is one prompt half the rows.
+
+    In this order, since only the rows sampled at once can change a sampled log-prob's rounding.
+    sizes: those of run.json, which are set. UsageError where neither can be halved.
+    """
+    rows = min(sizes["sample_rows"], config.prompts * config.samples)
+    if config.micro_batch > 1 or rows <= config.samples:  # a group is sampled together
+        config = halved(config, where)
+        sizes["micro_batch"] = config.micro_batch
+    else:
+        sizes["sample_rows"] = max(config.samples, rows // 2)
+        say(f"{where}: out of memory; from here on {sizes['sample_rows']} rows are sampled at once")
     return config
 
 

@@ -6,8 +6,6 @@ a maximum until every part is in, and whoever makes a number says which. Then no
 and no number of processes can change what is logged.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ class Stats:
     """
 
     def __init__(self):
-        self.kept: dict[str, tuple[str, float, float]] = {}  # name -> kind, value, weight
+        self.kept: dict[str, tuple[str, Tensor, Tensor | float]] = {}  # name -> kind, value, weight
 
     def mean(self, name: str, values: Tensor | float, weights: Tensor | float) -> None:
         """A weighted mean, sum(values * weights) / sum(weights), over all parts together.
@@ -34,17 +32,17 @@ class Stats:
         """
         values, weights = torch.broadcast_tensors(as_float64(values), as_float64(weights))
         weighted = torch.where(weights != 0, values * weights, 0)
-        self._add(name, "mean", float(weighted.sum()), float(weights.sum()))
+        self._add(name, "mean", weighted.sum(), weights.sum())
 
     def sum(self, name: str, value: Tensor | float) -> None:
         """A plain sum over the parts: the loss, whose normaliser is in its weights."""
-        self._add(name, "sum", float(as_float64(value)))
+        self._add(name, "sum", as_float64(value))
 
     def max(self, name: str, values: Tensor | float) -> None:
         """The largest of all values. Pass counted ones only, `x[mask]`: padding would take part."""
         values = as_float64(values)
         if values.numel():
-            self._add(name, "max", float(values.max()))
+            self._add(name, "max", values.max())
 
     def merge(self, other: "Stats") -> None:
         """Take in what another part of the same optimiser step has."""
@@ -53,12 +51,12 @@ class Stats:
         for name, kept in other.kept.items():
             self._add(name, *kept)
 
-    def _add(self, name: str, kind: str, value: float, weight: float = 0.0) -> None:
+    def _add(self, name: str, kind: str, value: Tensor, weight: Tensor | float = 0.0) -> None:
         if name in self.kept:
             kind_before, value_before, weight_before = self.kept[name]
             if kind_before != kind:
                 raise TypeError(f"the metric {name!r} is a {kind_before} here and a {kind} there")
-            value = larger(value_before, value) if kind == "max" else value_before + value
+            value = torch.maximum(value_before, value) if kind == "max" else value_before + value
             weight += weight_before
         self.kept[name] = kind, value, weight
 
@@ -66,11 +64,19 @@ class Stats:
         """name -> the number to log. A mean over no weight is no number: it is left out."""
         found = {}
         for name, (kind, value, weight) in self.kept.items():
+            value, weight = float(value), float(weight)
             if kind != "mean":
                 found[name] = value
             elif weight != 0:
                 found[name] = value / weight
         return found
+
+    def __getstate__(self) -> dict:
+        """What another process gets: plain numbers."""
+        kept = {}
+        for name, (kind, value, weight) in self.kept.items():
+            kept[name] = kind, as_float64(value).cpu(), float(weight)
+        return {"kept": kept}
 
     def __getitem__(self, name: str) -> float:
         return self.figures()[name]
@@ -96,8 +102,3 @@ def over_steps(steps: list[Stats]) -> dict[str, float]:
 
 def as_float64(x: Tensor | float) -> Tensor:
     return torch.as_tensor(x).detach().double()
-
-
-def larger(a: float, b: float) -> float:
-    """The larger one, and NaN where either is: Python's max(0.0, nan) is 0.0."""
-    return a if math.isnan(a) or a > b else b

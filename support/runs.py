@@ -91,7 +91,8 @@ def open_policy(path: str, device: str, **kwargs) -> tuple[Policy, dict]:
         ) from None
     policy = Policy.load(base_model(run, config), device, **(settings | kwargs))
     tensors = load_file(checkpoint / "policy.safetensors")
-    policy.load_trainable({name: t for name, t in tensors.items() if name in policy.trainable()})
+    mine = policy.trainable()
+    policy.load_trainable({name: t for name, t in tensors.items() if name in mine})
     return policy, config
 
 

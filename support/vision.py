@@ -106,28 +106,28 @@ class Vision:
         return Pictures(opened["pixel_values"], grids, positions[:, 0])
 
     # -- the forward pass
-    def tower(self, seen: list[Pictures]) -> Tensor:
+    def tower(self, model, seen: list[Pictures]) -> Tensor:
         """The vision tower on all images of some prompts -> [image tokens, D]"""
-        device = self.model.device
+        device = model.device
         pixels = torch.cat([p.pixels for p in seen]).to(device)
         grids = torch.cat([p.grids for p in seen]).to(device)
-        return torch.cat(self.model.model.get_image_features(pixels, grids).pooler_output)
+        return torch.cat(model.model.get_image_features(pixels, grids).pooler_output)
 
-    def features(self, seen: list[Pictures]) -> Tensor:
+    def features(self, model, seen: list[Pictures]) -> Tensor:
         """A frozen tower runs once a prompt, for sampling and every pass of the update alike."""
         if self.trained:
-            return self.tower(seen)
+            return self.tower(model, seen)
         for one in seen:
             if one.features is None:
                 with torch.no_grad():
-                    one.features = self.tower([one])
+                    one.features = self.tower(model, [one])
         return torch.cat([one.features for one in seen])
 
     def embeddings(self, model, ids: Tensor, seen: list[Pictures]) -> Tensor:
         """[P, S] -> [P, S, D]: words, and in the place of image tokens the features."""
         words = model.get_input_embeddings()(ids)
         is_image = (ids == self.image_token)[..., None]
-        return words.masked_scatter(is_image, self.features(seen).to(words.dtype))
+        return words.masked_scatter(is_image, self.features(model, seen).to(words.dtype))
 
     def positions(self, prompt_positions: Tensor, seen: list[Pictures | None]) -> Tensor:
         """[P, L] -> [3, P, L]: an image of h x w tokens takes max(h, w) positions, not h * w."""

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import refused
-from transformers import Qwen2Config
 
 import train
 from grpo import ALGOS
-from support import cli, hub
+from support import cli
 from support.cli import make_config, read_flags, validate
 from support.config import RECIPES, Config
 
@@ -199,32 +198,3 @@ def test_the_papers_baselines_and_other_algorithms_by_hand():
     assert make_config({"recipe": "v-rft", "algo": "sft"}).samples == 1
     beaten = make_config({"recipe": "v-rft", "algo": "gspo", "clip_high": 0.1})
     assert beaten.clip_high == 0.1  # a flag beats all
-
-
-# ----------------------------------------------------------------- before anything is downloaded
-def test_medqa_offline_says_both_ways_on(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr(hub, "online", lambda: False)
-    flags = ["--dataset", "medqa", "--out", str(tmp_path / "run")]
-    refused(lambda: train.main(flags), "--model DIR", "--data-dir DIR")
-
-
-def test_a_large_model_without_a_gpu_is_refused_before_anything_is_fetched(
-    monkeypatch, tmp_path, medqa_dir
-):
-    """Only the config is read: of a folder with the shape of Qwen2.5-3B and no weights."""
-    Qwen2Config(
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=11008,
-        num_hidden_layers=36,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ).save_pretrained(tmp_path / "m")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    flags = ["--dataset", "medqa", "--model", str(tmp_path / "m"), "--data-dir", medqa_dir]
-    flags += ["--out", str(tmp_path / "run")]
-    refused(lambda: train.main(flags), "3.1 billion", "--device cpu")
-    # Allowed on demand: then the weights are what is missing.
-    refused(lambda: train.main([*flags, "--device", "cpu"]), "cannot load")

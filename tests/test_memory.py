@@ -128,13 +128,36 @@ def test_the_policy_that_ran_out_of_memory_is_gone_before_the_next_is_loaded(
 
 def test_out_of_memory_with_one_prompt_ends_the_run_in_a_line(model_dir, tmp_path, monkeypatch):
     """And --resume goes on with it, where there is more memory."""
+
+    def never_enough(policy, batch, config, step, real=train.loss_of):
+        if step == 1:
+            raise torch.OutOfMemoryError("no more")
+        return real(policy, batch, config, step)
+
     with monkeypatch.context() as patch:
-        out_of_memory_once(patch, 1)
+        patch.setattr(train, "loss_of", never_enough)
         with pytest.raises(UsageError, match="training: out of memory with one prompt at a time"):
             run(model_dir, tmp_path / "run", "--micro-batch 1 --save-every 1")
     train.main(["--resume", str(tmp_path / "run")])
     steps = [m["step"] for m in map(json.loads, (tmp_path / "run/metrics.jsonl").open())]
     assert steps == [1, 2, 3]
+
+
+def test_out_of_memory_while_sampling_goes_on_with_fewer_rows(model_dir, tmp_path, monkeypatch):
+    """Half the micro-batch would change nothing there."""
+    real, rows = Policy.sample, []
+
+    def sample(self, items, n, *args, **kwargs):
+        rows.append(len(items) * n)
+        if n > 1 and rows[-1] > 8:
+            raise torch.OutOfMemoryError("no more")
+        return real(self, items, n, *args, **kwargs)
+
+    monkeypatch.setattr(Policy, "sample", sample)
+    run(model_dir, tmp_path / "run", "--micro-batch 1")
+    assert 16 in rows and rows.count(8) == 2 * 3
+    sizes = json.loads((tmp_path / "run/run.json").read_text())["sizes"]
+    assert (sizes["sample_rows"], sizes["micro_batch"]) == (8, 1)
 
 
 def test_one_of_several_processes_cannot_go_back_alone(model_dir, tmp_path, monkeypatch):

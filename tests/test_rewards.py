@@ -73,6 +73,12 @@ def test_options_that_look_like_letters():
     assert match_option("Aa", ("AA", "Aa", "aa")) == "B"
 
 
+def test_a_letter_that_is_no_options_names_nothing_whatever_follows():
+    """Text that is nothing once its marks are gone must not equal the text of no option."""
+    assert match_option('Z. "."', ("one", "two")) == match_option("C: **", ("one", "two")) == ""
+    assert grade(ITEM, '<think> it is so </think> <answer> Z. "." </answer>', CONFIG).total == 0
+
+
 def test_a_lone_option_letter_goes_before_option_text():
     """The prompt asks for a letter: of blood groups, `B` is the third option's text and the second
     option's letter, and means the letter."""

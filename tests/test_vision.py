@@ -195,8 +195,9 @@ def test_a_trained_tower_runs_once_per_forward_pass(items):
     assert tower and all(p.grad is not None for p in tower)
 
 
-def test_reference_is_the_untrained_model_vision_adapters_included(items):
-    policy = tiny(items, lora=4, train_vision=True)
+@pytest.mark.parametrize("lora", [4, 0])
+def test_reference_is_the_untrained_model_its_tower_included(items, lora):
+    policy = tiny(items, lora=lora, train_vision=True, keep_reference=True)
     batch = collate(policy.sample(items, 2, 8, 1.0, seed=1))
     before = policy.score(batch).logps.detach()
     moved(policy, by=0.05)
