@@ -412,7 +412,7 @@ def test_importing_has_no_side_effect(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("algo", ["grpo", "dapo"])
 def test_the_demo_learns(algo, tmp_path):
     command = [sys.executable, ROOT / "train.py", "--algo", algo, "--out", tmp_path / "run"]
