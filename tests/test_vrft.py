@@ -73,10 +73,13 @@ def test_boxes_first_then_grades(tmp_path):
     refused(lambda: train.main(other), str(base), "tiny-vl")
 
 
-LEAST = [("localize", "mean_iou", 0.62), ("classify", "accuracy", 0.85), ("grade", "accuracy", 0.6)]
+LEAST = [
+    pytest.param("localize", "mean_iou", 0.62, marks=pytest.mark.slow),
+    pytest.param("classify", "accuracy", 0.85, marks=pytest.mark.study),
+    pytest.param("grade", "accuracy", 0.60, marks=pytest.mark.study),
+]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("task, metric, least", LEAST)
 def test_the_image_demo_learns(task, metric, least, tmp_path):
     train.main(["--dataset", "demo-images", "--task", task, "--out", str(tmp_path / "run")])
