@@ -104,8 +104,9 @@ class Batch:
         parts = order.tensor_split(max(1, min(n, len(self))))
         return [self.take(which) for which in parts if len(which)]
 
-    def split(self, size: int, prompts: range) -> list["Batch"]:
-        """Micro-batches of at most `size` of these prompts; 0 = all at once."""
+    def split(self, size: int, prompts: range | None = None) -> list["Batch"]:
+        """Micro-batches of at most `size` prompts, of all or of these; size 0 = all at once."""
+        prompts = range(len(self)) if prompts is None else prompts
         firsts = prompts[:: size or len(prompts) or 1]
         ends = [*firsts[1:], prompts.stop]
         return [self.take(slice(first, end)) for first, end in zip(firsts, ends)]

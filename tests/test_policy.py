@@ -135,10 +135,12 @@ def test_minibatches_and_micro_batches_hold_every_prompt_once(items, demo):
         assert torch.equal(lengths, again)
     assert any(batch.shuffled(1, seed)[0].lengths[0] != 2 for seed in range(9))
     for size, sizes in ((0, [5]), (2, [2, 2, 1]), (9, [5])):
-        parts = batch.split(size, range(len(batch)))
+        parts = batch.split(size)
         assert [len(part) for part in parts] == sizes
         in_order = torch.cat([part.lengths for part in parts]).flatten()
         assert in_order.tolist() == [2, 3, 4, 5, 6]
+    mine = torch.cat([part.lengths for part in batch.split(2, range(1, 4))]).flatten()
+    assert mine.tolist() == [3, 4, 5]  # a process's share
 
 
 # ------------------------------------------------------------------------------------- sampling
