@@ -9,13 +9,13 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 from support import demo_task, image_sets, jsonl, pictures, text_sets
 from support.errors import UsageError
 from support.knowledge import texts
-from support.text import LETTERS, flat, says_something
+from support.text import LETTERS, WORDS, flat
 
 SPLITS = ("train", "dev", "test")
 INSTRUCTION = "Answer the medical question."
@@ -306,13 +306,6 @@ def rotate_options(item: Item, by: int = 1) -> Item:
     return replace(item, options=options, answer=LETTERS[(gold - by) % n])
 
 
-@lru_cache(maxsize=4)
-def permutation(length: int, key: str) -> list[int]:
-    order = list(range(length))
-    random.Random(key).shuffle(order)
-    return order
-
-
 def batch_for_step(items: list[Item], step: int, n: int, seed) -> list[Item]:
     """The n items of a step: pages of an endless book.
 
@@ -321,11 +314,13 @@ def batch_for_step(items: list[Item], step: int, n: int, seed) -> list[Item]:
     """
     if not items:
         raise UsageError("no items to draw a batch from")
-    batch = []
-    for position in range(step * n, step * n + n):
-        epoch, place = divmod(position, len(items))
-        batch.append(items[permutation(len(items), f"{seed} {epoch}")[place]])
-    return batch
+    epoch, place = divmod(step * n, len(items))
+    pages: list[Item] = []
+    while len(pages) < place + n:
+        order = list(items)
+        random.Random(f"{seed} {epoch}").shuffle(order)
+        pages, epoch = pages + order, epoch + 1
+    return pages[place : place + n]
 
 
 # ------------------------------------------------------------------------------------- knowledge
@@ -406,7 +401,7 @@ def completion(item: Item, style: str = "think") -> str:
     answer = f"<answer> {gold} </answer>"
     if style != "think":
         return answer
-    reasoning = item.rationale if says_something(item.rationale) else NO_RATIONALE
+    reasoning = item.rationale if WORDS.search(item.rationale) else NO_RATIONALE
     return f"<think> {reasoning} </think> {answer}"
 
 

@@ -18,7 +18,7 @@ from support.bleu import bleu
 from support.boxes import box_score, iou, read_boxes  # noqa: F401 (iou is for others)
 from support.config import Config
 from support.errors import UsageError
-from support.text import LETTERS, TAGS, folded, is_answer, normal, says_something
+from support.text import ANSWER, LETTERS, TAGS, WORDS, folded, normal
 
 
 # ------------------------------------------------------------------------------ text -> parts
@@ -59,8 +59,8 @@ def parse(text: str) -> Parsed:
             before = ahead
 
     in_order = TAG.findall(text) == list(TAGS)  # each tag once
-    well_formed = in_order and says_something(think) and is_answer(answer)
-    return Parsed(before.strip(), think, answer, after.strip(), well_formed)
+    well_formed = in_order and WORDS.search(think) and ANSWER.search(answer)
+    return Parsed(before.strip(), think, answer, after.strip(), bool(well_formed))
 
 
 def has_form(text: str, parsed: Parsed, config: Config) -> bool:
@@ -71,7 +71,7 @@ def has_form(text: str, parsed: Parsed, config: Config) -> bool:
     """
     if config.style != "think":
         blocks = [tag for tag in TAG.findall(text) if tag in ("<answer>", "</answer>")]
-        return len(blocks) == 2 and is_answer(parsed.answer)
+        return len(blocks) == 2 and bool(ANSWER.search(parsed.answer or ""))
     if config.strict:
         outside = TAG.split(text)[::2]  # before, between and after the two blocks
         return parsed.well_formed and not "".join(outside).strip()
@@ -83,12 +83,7 @@ LONE_LETTER = re.compile(r"[(\[]?([A-Za-z])[)\]]?")
 LETTER_AND_TEXT = re.compile(r"[(\[]?([A-Za-z])(?:[)\]][.:,]?|[.:,]|\s[-–—]\s)\s*(.+)")
 
 
-def hopeless(answer: str | None, options: tuple[str, ...]) -> bool:
-    """Empty, or far longer than every option: it names none of them, whatever it holds."""
-    return not answer or len(answer) > 200 + 2 * max(map(len, options), default=0)
-
-
-def match_option(answer: str | None, options: tuple[str, ...]) -> str:
+def match_option(answer: str, options: tuple[str, ...]) -> str:
     """The letter that an answer names, or "": several if options are alike, any of them is right.
 
     In this order: a lone letter that is an option's, since the prompt asks for one; the exact text
@@ -102,8 +97,6 @@ def match_option(answer: str | None, options: tuple[str, ...]) -> str:
     >>> [match_option(a, ("O", "A", "B", "AB")) for a in ("A", "B", "O")]
     ['A', 'B', 'A']
     """
-    if hopeless(answer, options):
-        return ""
     answer = normal(answer)
     texts = {letter: normal(option) for letter, option in zip(LETTERS, options)}
 
@@ -140,10 +133,12 @@ def named(item, answer: str | None) -> tuple[str, ...]:
     >>> [named(item, a) for a in ("Melanoma.", "nevus", "no nevus", "melanoma, nevus", "n")]
     [('melanoma',), ('nevus',), (), (), ()]
     """
+    # Empty, or far longer than every option: it names none of them, whatever it holds.
+    longest = max(map(len, item.options), default=0)
+    if item.task == "localize" or not answer or len(answer) > 200 + 2 * longest:
+        return ()
     if item.task == "choice":
         return tuple(match_option(answer, item.options))
-    if item.task == "localize" or hopeless(answer, item.options):
-        return ()
     said = label_form(answer, item.task)
     names = tuple(name for name in item.options if label_form(name, item.task) == said)
     return names if len(names) == 1 else ()
@@ -201,10 +196,6 @@ class Verdict:
     credit: float  # the same, but for a grade its credit by distance
     predicted: str | tuple  # as in Grade
 
-    @property
-    def correct(self) -> bool:
-        return self.right >= 0.5
-
 
 def med_rlvr(verdict: Verdict, config: Config) -> float:
     """Med-RLVR, section 3: malformed -1, wrong 0, right +1."""
@@ -252,18 +243,8 @@ def judge(item, text: str, config: Config) -> Verdict:
 BEFORE_WORDS = 15  # more of them in front of <think> is reasoning moved out (arXiv 2509.15557)
 SHORT_WORDS = 30  # a think block below this is "drastically short"; our choice
 ANNOUNCED = r"(?:^|\b(?:answer|option|choice|grade|is)\s*:?\s*)"  # as in "the answer is: B"
+GUARDS = ("leak", "before", "short", "overlong")  # parts that cost config.w_leak, w_before, ...
 OVERLONG_SHARE = 0.2  # of max_new. DAPO: the last 4,096 of 20,480 tokens
-
-
-def terms(config: Config) -> dict[str, float]:
-    """The weight of each part that is added to the paper's reward; those of the guards cost."""
-    return {
-        "leak": -config.w_leak,
-        "before": -config.w_before,
-        "short": -config.w_short,
-        "overlong": -config.w_overlong,
-        "recite": config.recite,
-    }
 
 
 def leak(parsed: Parsed, item) -> bool:
@@ -315,7 +296,7 @@ class Grade:
 def grade(
     item, text: str, config: Config, finished: bool = True, n_tokens: int | None = None
 ) -> Grade:
-    """The reward of one completion: the paper's, plus each of `terms` times its part.
+    """The reward of one completion: the paper's, less the GUARDS, plus recitation.
 
     A completion that was cut at the token limit (`truncated`) is graded like any other: a complete
     right answer before the cut counts. `recite`, the likeness of the reasoning to the knowledge in
@@ -324,10 +305,10 @@ def grade(
     if config.reward not in REWARDS:
         raise UsageError(f"no reward named {config.reward!r}: {', '.join(REWARDS)}")
     verdict = judge(item, text, config)
-    parsed, well_formed = verdict.parsed, verdict.well_formed
+    parsed, well_formed, correct = verdict.parsed, verdict.well_formed, verdict.right >= 0.5
     counts = well_formed or config.reward not in FORM_FIRST
     parts = {
-        "accuracy": float(counts and verdict.correct),
+        "accuracy": float(counts and correct),
         "fuzzy": verdict.credit if counts and item.task == "grade" else 0.0,
         "iou": verdict.right if item.task == "localize" else 0.0,
         "format": float(well_formed),
@@ -340,9 +321,10 @@ def grade(
         "recite": bleu(parsed.think, item.knowledge) if config.recite and counts else 0.0,
     }
     total = REWARDS[config.reward](verdict, config)
-    for name, weight in terms(config).items():
-        total += weight * parts[name]
-    return Grade(total, parts, parsed, verdict.correct, verdict.predicted)
+    for name in GUARDS:
+        total -= getattr(config, f"w_{name}") * parts[name]
+    total += config.recite * parts["recite"]
+    return Grade(total, parts, parsed, correct, verdict.predicted)
 
 
 def grade_all(rollouts, config: Config) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from support.errors import UsageError
 from support.pictures import inside, size_of
-from support.text import LETTERS, TAGS, flat, folded, is_answer
+from support.text import ANSWER, LETTERS, TAGS, flat, folded
 
 MAX_LINE = 1_000_000  # characters: a longer line is no exam question
 MAX_GOLD = 100  # boxes in a line: the time to match boxes grows with the cube of their number
@@ -236,7 +236,9 @@ def names(given: dict, where: str, key: str) -> tuple[tuple[str, ...], str]:
             f"{where}: two of the {plural!r} read the same to the grader, "
             "which folds case, hyphens and marks"
         )
-    if not all(map(is_answer, read)) or any(tag in option for tag in TAGS for option in options):
+    if not all(map(ANSWER.search, read)) or any(
+        tag in option for tag in TAGS for option in options
+    ):
         raise UsageError(
             f"{where}: one of the {plural!r} is nothing but marks, "
             f"or holds a tag such as {TAGS[2]}: no answer could name it"

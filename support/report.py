@@ -19,7 +19,6 @@ from html import escape
 from itertools import accumulate, groupby, product
 from pathlib import Path
 from string import Template
-from types import SimpleNamespace
 
 if __name__ == "__main__":  # started by its path, Python looks for modules beside this file
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -31,8 +30,8 @@ from support import charts, hub, image_sets, pictures, runs, statistics
 from support.errors import UsageError
 from support.parser import Parser
 
-# The log holds the whole of their items: nothing is loaded for them.
-TEXT_SETS = ("demo", "medqa", "medqa-4", "mmlu-pro-health")
+# The log holds the whole of their items, which are questions without images: nothing is loaded.
+TEXT_SETS = [name for name, source in data.LOADERS.items() if source.tasks == ("choice",)]
 SIZE = 20_000_000  # characters of a log that are shown, the newest
 PICTURES = 200  # items whose pictures are packed in, the newest
 SIDE = 336  # pixels of the longer side of a picture
@@ -258,7 +257,8 @@ def page(run: Path, items: list[Item] | None = None) -> str:
         left_out.append("pictures and prompts, since the data set is not at hand")
 
     log = {"groups": groups, "pictures": shown, "colours": STAGE_COLOURS}
-    log |= {"reward": config["reward"], "terms": rewards.terms(SimpleNamespace(**config))}
+    guards = {name: -config[f"w_{name}"] for name in rewards.GUARDS}
+    log |= {"reward": config["reward"], "terms": guards | {"recite": config["recite"]}}
     script = own_file("js")
     script_hash = hashlib.sha256(script.encode()).digest()
     return Template(own_file("html")).substitute(

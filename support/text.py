@@ -9,6 +9,10 @@ import unicodedata
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of the options of a question
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+# Found in a text that says something: a letter or a digit of any script. Marks and characters
+# without a width alone say nothing. An answer may also be no boxes, [], or the grade ++.
+WORDS = re.compile(r"[^\W_]")
+ANSWER = re.compile(r"[^\W_]|[\[\]+-]")
 
 _WRAPPERS = [
     *[(mark, mark) for mark in ("**", "*", "__", "_", "`", "$", '"', "'")],
@@ -65,25 +69,3 @@ def folded(text: str) -> str:
     ('basal cell carcinoma', '-1')
     """
     return _JOINER.sub(" ", normal(text)).casefold()
-
-
-def says_something(text: str) -> bool:
-    """Whether a text holds a letter or a digit of any script.
-
-    >>> says_something("."), says_something("\\u200b"), says_something("-1")
-    (False, False, True)
-    """
-    return any(map(str.isalnum, text))
-
-
-# What an answer may consist of beside letters and digits: no boxes, the grade ++.
-SIGNS = "[]+-"
-
-
-def is_answer(text: str | None) -> bool:
-    """Whether an answer block is non-empty: marks and characters without a width are no answer.
-
-    >>> is_answer("<5"), is_answer("[]"), is_answer("."), is_answer(None)
-    (True, True, False, False)
-    """
-    return bool(text) and (says_something(text) or any(sign in text for sign in SIGNS))

@@ -263,7 +263,7 @@ OUTSIDE = f"{WORDS} {think('B', WORDS)}"
 
 def test_guards_are_off_by_default():
     assert grade(GOUT, LEAKY, CONFIG).total == grade(GOUT, OUTSIDE, CONFIG).total == 1
-    assert not any(rewards.terms(CONFIG).values())
+    assert not any(getattr(CONFIG, f"w_{name}") for name in rewards.GUARDS)
 
 
 @pytest.mark.parametrize(
