@@ -6,10 +6,13 @@ a maximum until every part is in, and whoever makes a number says which. Then no
 and no number of processes can change what is logged.
 """
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 
+@dataclass
 class Stats:
     """The metrics of one optimiser step, or of a part of it.
 
@@ -21,8 +24,8 @@ class Stats:
     3.0
     """
 
-    def __init__(self):
-        self.kept: dict[str, tuple[str, Tensor, Tensor | float]] = {}  # name -> kind, value, weight
+    # name -> kind, value, weight
+    kept: dict[str, tuple[str, Tensor, Tensor | float]] = field(default_factory=dict)
 
     def mean(self, name: str, values: Tensor | float, weights: Tensor | float) -> None:
         """A weighted mean, sum(values * weights) / sum(weights), over all parts together.
@@ -30,17 +33,17 @@ class Stats:
         What stands beside the loss is logged with the loss's own token weights. The two shapes are
         broadcast. What stands where the weight is 0 is not counted, not even a NaN.
         """
-        values, weights = torch.broadcast_tensors(as_float64(values), as_float64(weights))
+        values, weights = (torch.as_tensor(x).detach().double() for x in (values, weights))
         weighted = torch.where(weights != 0, values * weights, 0)
-        self._add(name, "mean", weighted.sum(), weights.sum())
+        self._add(name, "mean", weighted.sum(), weights.expand_as(weighted).sum())
 
     def sum(self, name: str, value: Tensor | float) -> None:
         """A plain sum over the parts: the loss, whose normaliser is in its weights."""
-        self._add(name, "sum", as_float64(value))
+        self._add(name, "sum", value)
 
     def max(self, name: str, values: Tensor | float) -> None:
         """The largest of all values. Pass counted ones only, `x[mask]`: padding would take part."""
-        values = as_float64(values)
+        values = torch.as_tensor(values)
         if values.numel():
             self._add(name, "max", values.max())
 
@@ -51,7 +54,10 @@ class Stats:
         for name, kept in other.kept.items():
             self._add(name, *kept)
 
-    def _add(self, name: str, kind: str, value: Tensor, weight: Tensor | float = 0.0) -> None:
+    def _add(
+        self, name: str, kind: str, value: Tensor | float, weight: Tensor | float = 0.0
+    ) -> None:
+        value = torch.as_tensor(value).detach().double()
         if name in self.kept:
             kind_before, value_before, weight_before = self.kept[name]
             if kind_before != kind:
@@ -75,7 +81,7 @@ class Stats:
         """What another process gets: plain numbers."""
         kept = {}
         for name, (kind, value, weight) in self.kept.items():
-            kept[name] = kind, as_float64(value).cpu(), float(weight)
+            kept[name] = kind, value.cpu(), float(weight)
         return {"kept": kept}
 
     def __getitem__(self, name: str) -> float:
@@ -98,7 +104,3 @@ def over_steps(steps: list[Stats]) -> dict[str, float]:
             else:
                 merged.mean(name, figure, 1.0)
     return merged.figures()
-
-
-def as_float64(x: Tensor | float) -> Tensor:
-    return torch.as_tensor(x).detach().double()
