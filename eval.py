@@ -8,7 +8,7 @@ said): an answer that cannot be read, or was cut before it was given, is a wrong
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,16 +23,27 @@ from support.errors import UsageError
 
 
 # ------------------------------------------------------------------------------------- answering
-def sample(policy, items, config, *, n, temperature, seed, rows=128, label="") -> list[Rollout]:
-    """n completions of each item, an item's together; `group` is its place in `items`.
+def sample(policy, items, config, seed, first=0) -> list[Rollout]:
+    """G = config.samples completions of each item, an item's together.
 
-    At most `rows` completions are written at a time, which changes no result. Several processes
-    share the items, and each gets all rollouts, ready to be trained on.
+    `group` is an item's place in `items`, counted from `first` on, and seeds its random numbers.
+    At most policy.sample_rows completions are written at a time, which changes no result. Several
+    processes share the items, and each gets all rollouts, ready to be trained on.
     """
-    parts = in_parts(policy, items, config, n, temperature, seed, rows, label)
-    rollouts = distributed.gathered([rollout for part in parts for rollout in part])
-    for first in range(0, len(rollouts), n):
-        group = rollouts[first : first + n]
+    G, max_new = config.samples, config.max_new
+    mine, rollouts = distributed.share(len(items)), []
+    at_once = max(1, policy.sample_rows // G)  # items
+    for start in mine[::at_once]:
+        part, place = items[start : min(start + at_once, mine.stop)], first + start
+        of_part = policy.sample(part, G, max_new, config.temperature, seed, place * G, config.style)
+        for rollout in of_part:
+            rollout.group += place
+        rollouts += of_part
+    if distributed.world == 1:
+        return rollouts
+    rollouts = distributed.gathered(rollouts)
+    for row in range(0, len(rollouts), G):
+        group = rollouts[row : row + G]
         if policy.vision and group[0].pictures is None:  # another process sends no pixels
             pictures = policy.vision.look(group[0].item, group[0].prompt_ids)
             for rollout in group:
@@ -43,35 +54,26 @@ def sample(policy, items, config, *, n, temperature, seed, rows=128, label="") -
 def answer(
     policy, items, config, *, n=1, temperature=0.0, seed=0, rows=128, label=""
 ) -> list[Rollout]:
-    """`sample`, graded. An image goes once it was seen: a test set's would fill the memory."""
-    rollouts = []
-    for part in in_parts(policy, items, config, n, temperature, seed, rows, label):
-        for rollout in part:
-            rollout.pictures = None
-            rollouts.append(rollout)
-    rewards.grade_all(rollouts, config)
-    return distributed.gathered(rollouts)
+    """`sample`, graded, at most `rows` completions a process at a time: n of each item.
 
-
-def in_parts(policy, items, config, n, temperature, seed, rows, label) -> Iterator[list[Rollout]]:
-    """This process's share of the items -> their rollouts, some items at a time."""
-    mine = distributed.share(len(items))
-    at_once = max(1, min(rows, policy.sample_rows) // n)  # items
-    with progress(len(mine), label) as bar:
-        for first in mine[::at_once]:
-            part = items[first : min(first + at_once, mine.stop)]
-            rollouts = policy.sample(
-                part, n, config.max_new, temperature, seed, first * n, config.style
-            )
-            for rollout in rollouts:
-                rollout.group += first
-            yield rollouts
+    An image goes once it was seen: a test set's would fill the memory.
+    """
+    asked, rollouts = replace(config, samples=n, temperature=temperature), []
+    at_once = max(1, min(rows, policy.sample_rows) // n) * distributed.world  # items
+    with progress(len(items), label) as bar:
+        for first in range(0, len(items), at_once):
+            part = items[first : first + at_once]
+            for rollout in sample(policy, part, asked, seed, first):
+                rollout.pictures = None
+                rollouts.append(rollout)
             bar.update(len(part))
+    rewards.grade_all(rollouts, config)
+    return rollouts
 
 
 def progress(total: int, label: str) -> tqdm:
     """A bar on the first process's terminal, none without a label."""
-    shown = label and distributed.rank() == 0
+    shown = label and distributed.rank == 0
     disable = None if shown else True  # None: only where there is no terminal
     return tqdm(total=total, desc=label, unit="item", leave=False, disable=disable)
 
@@ -279,7 +281,7 @@ def evaluate_on(policy: Policy, items: list[Item], config, name: str, args):
         "stop_answer": policy.tokens.stop_answer,
         "max_new": config.max_new,
     }
-    if args.save_images and distributed.rank() == 0:
+    if args.save_images and distributed.rank == 0:
         folder = Path(args.save_images)
         if len(args.models) * len(args.dataset or [0]) * len(args.style or [0]) > 1:
             folder /= probes.plain(what)
@@ -336,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     eval_cli.check_data(args)  # a wrong name is answered before any model is loaded
     found = [evaluate_model(name, args) for name in args.models]
-    if distributed.rank() == 0:
+    if distributed.rank == 0:
         evaluated = [one for of_model in found for one in of_model]
         eval_cli.write(args, evaluated, comparisons(found))
 

@@ -9,6 +9,7 @@ are equal up to rounding. The idea is Prefix Grouper's (arXiv 2506.05433).
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -68,18 +69,6 @@ class Batch:
     advantages: Tensor | None = None  # [P, G, T]
     token_weights: Tensor | None = None  # [P, G] set for each optimiser step
 
-    def __len__(self) -> int:
-        return len(self.mask)
-
-    @property
-    def lengths(self) -> Tensor:
-        """[P, G] counted tokens of each completion."""
-        return self.mask.sum(2)
-
-    def padded(self, x: Tensor) -> Tensor:
-        """One number a counted token, [sum of lengths] -> [P, G, T], 0 elsewhere."""
-        return torch.zeros(self.mask.shape, device=x.device).masked_scatter(self.mask, x)
-
     def take(self, which: slice | Tensor) -> "Batch":
         """Only these prompts, with all their completions and no more padding than they need."""
         unused = int((~self.prompt_mask[which].any(0)).sum())  # columns left of every prompt
@@ -100,13 +89,13 @@ class Batch:
 
     def shuffled(self, n: int, seed: int) -> list["Batch"]:
         """n minibatches, at most one a prompt, of prompts in an order drawn from the seed."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        parts = order.tensor_split(max(1, min(n, len(self))))
+        P, generator = len(self.mask), torch.Generator().manual_seed(seed)
+        parts = torch.randperm(P, generator=generator).tensor_split(max(1, min(n, P)))
         return [self.take(which) for which in parts if len(which)]
 
     def split(self, size: int, prompts: range | None = None) -> list["Batch"]:
         """Micro-batches of at most `size` prompts, of all or of these; size 0 = all at once."""
-        prompts = range(len(self)) if prompts is None else prompts
+        prompts = range(len(self.mask)) if prompts is None else prompts
         firsts = prompts[:: size or len(prompts) or 1]
         ends = [*firsts[1:], prompts.stop]
         return [self.take(slice(first, end)) for first, end in zip(firsts, ends)]
@@ -211,25 +200,13 @@ class Packed:
         prompt = sdpa(query[:, :, :L], key[:, :, :L], value[:, :, :L], self.prompt_mask, scale)
         if T == 0:
             return prompt
-        own = sdpa(  # [P*G, H, T, D]
-            self.completions(query),
-            self.prompt_and_completion(key),
-            self.prompt_and_completion(value),
-            self.completion_mask,
-            scale,
-        )
+        apart = [x[:, :, L:].unflatten(2, (G, T)) for x in (query, key, value)]  # [P, h, G, T, D]
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in apart)  # [P*G, h, T, D]
+        prompt_k, prompt_v = (x[:, :, :L].repeat_interleave(G, 0) for x in (key, value))
+        k, v = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)  # [P*G, Hkv, L + T, D]
+        own = sdpa(q, k, v, self.completion_mask, scale)  # [P*G, H, T, D]
         own = own.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)  # [P, H, G*T, D]
         return torch.cat([prompt, own], 2)
-
-    def completions(self, x: Tensor) -> Tensor:
-        """[P, h, L + G*T, D] -> [P*G, h, T, D]"""
-        apart = x[:, :, self.L :].unflatten(2, (self.G, self.T))  # [P, h, G, T, D]
-        return apart.transpose(1, 2).flatten(0, 1)
-
-    def prompt_and_completion(self, x: Tensor) -> Tensor:
-        """[P, h, L + G*T, D] -> [P*G, h, L + T, D]: what each completion may look at."""
-        prompt = x[:, :, : self.L].repeat_interleave(self.G, 0)
-        return torch.cat([prompt, self.completions(x)], 2)
 
 
 class Cache:
@@ -363,6 +340,11 @@ class Policy:
         # --full on a GPU: fp32 weights, bf16 products. Else products have the weights' own type.
         fp32 = model.dtype == torch.float32
         self.mixed = fp32 and loading.product_dtype(self.device) == torch.bfloat16
+        # For the decoder and for the head's product, and for nothing else while scoring: autocast
+        # would bring dot products and the value head to bf16. Sampling stands within one such block
+        # as a whole, since the casts of the weights are kept until the outermost one ends.
+        bf16 = (self.device.type, torch.bfloat16)
+        self.autocast = partial(torch.autocast, *bf16, enabled=self.mixed)
         self.cache_argument = loading.cache_argument(model)
         loading.without_dropout(model)
 
@@ -448,15 +430,6 @@ class Policy:
         )
 
     # -- the model's calls: hidden states, logits
-    def autocast(self):
-        """For the decoder and for the head's product, and for nothing else while scoring.
-
-        What is done with logits and hidden states (log-probs, entropies, values) stands outside:
-        autocast would bring dot products and the value head to bf16. Sampling stands within one
-        such block as a whole: the casts of the weights are kept until the outermost one ends.
-        """
-        return torch.autocast(self.device.type, torch.bfloat16) if self.mixed else nullcontext()
-
     def hidden(
         self, ids: Tensor, positions: Tensor, layout: Packed | Cache, pictures: list = ()
     ) -> Tensor:
@@ -557,19 +530,15 @@ class Policy:
                 positions = starts[:, None].expand_as(rows) + t
                 hidden = self.hidden(tokens[rows, t], positions, cache)  # [P', G', D]
 
-        ids, logps = tokens[:, : t + 1].tolist(), logps[:, : t + 1].tolist()
-        return [self.ended(started[row // n], ids[row], logps[row]) for row in range(P * n)]
-
-    def ended(self, started: Rollout, ids: list[int], logps: list[float]) -> Rollout:
-        """A completion cut where it ended."""
-        end = self.tokens.end(ids)
-        return replace(
-            started,
-            completion_ids=ids[:end],
-            sample_logps=logps[:end],
-            finished=end is not None,
-            text=self.tokens.text(ids[:end]),
-        )
+        # 5. Each completion, cut where it ended.
+        rollouts = []
+        written = zip(tokens[:, : t + 1].tolist(), logps[:, : t + 1].tolist())
+        for row, (ids, of_ids) in enumerate(written):
+            end = self.tokens.end(ids)
+            text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+            said = dict(completion_ids=ids[:end], sample_logps=of_ids[:end], text=text)
+            rollouts.append(replace(started[row // n], **said, finished=end is not None))
+        return rollouts
 
     # -- scoring
     def score(self, batch: Batch, temperature: float = 1.0, values_too: bool = True) -> Scores:
@@ -581,15 +550,16 @@ class Policy:
         states = self.counted_states(batch)
         targets = batch.completion_ids[batch.mask]
         logps, entropy = self.token_logps(states, targets, temperature)
-        values = None
+        zeros, values = torch.zeros(batch.mask.shape, device=self.device), None
         if self.critic and values_too:
             if self.critic == "lora":
                 with self.adapters("critic"):
                     states = self.counted_states(batch)
             else:  # a head alone reads the policy's states and never moves them
                 states = states.detach()
-            values = batch.padded(self.value_head(states.float())[:, 0])
-        return Scores(batch.padded(logps), batch.padded(entropy), values)
+            values = zeros.masked_scatter(batch.mask, self.value_head(states.float())[:, 0])
+        logps, entropy = (zeros.masked_scatter(batch.mask, x) for x in (logps, entropy))
+        return Scores(logps, entropy, values)
 
     def counted_states(self, batch: Batch) -> Tensor:
         """The hidden state that predicts each counted token, [sum of lengths, D]."""
@@ -650,12 +620,12 @@ class Policy:
         if self.frozen is None and layer is None:
             raise ValueError("no reference: all weights are trained, and keep_reference was False")
         begun_at = "reference" if layer is not None and "reference" in layer.A else None
-        with self.adapters(begun_at):
-            try:
-                self.model = self.frozen or model
-                yield self
-            finally:
-                self.model = model
+        adapters = self.switch["adapters"]
+        try:
+            self.model, self.switch["adapters"] = self.frozen or model, begun_at
+            yield self
+        finally:
+            self.model, self.switch["adapters"] = model, adapters
 
     def trainable(self, part: str = "") -> dict[str, nn.Parameter]:
         """What the optimiser moves and a checkpoint holds. part: "policy" or "critic" alone."""

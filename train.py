@@ -40,16 +40,13 @@ REFILLS = 3  # rounds of sampling for the groups that DAPO drops; our choice
 
 # -------------------------------------------------------------------------------------- the loop
 def train(  # noqa: C901, PLR0912, PLR0915 (the whole algorithm in sight)
-    config: Config, run: Path, policy: Policy, splits: dict, stopping: Sequence[int] = ()
+    config: Config, policy: Policy, optimizer: torch.optim.Optimizer, splits: dict, log: Log
 ) -> None:
-    """P prompts a step, G completions each, of at most T tokens.
+    """P prompts a step, G completions each, of at most T tokens; `log` knows which steps are left.
 
-    Goes on from the newest checkpoint to config.steps, or until a signal's number stands in
-    `stopping`. All randomness is a function of (seed, step), so a resumed run does what the first
-    would have done.
+    All randomness is a function of (seed, step), so a resumed run does what the first would have
+    done.
     """
-    optimizer = make_optimizer(policy, config)
-    log = Log(run, policy, optimizer, config, stopping)
     for step in log.steps():
         for group in optimizer.param_groups:  # the policy's, and the critic's
             peak = group.setdefault("initial_lr", group["lr"])
@@ -60,7 +57,7 @@ def train(  # noqa: C901, PLR0912, PLR0915 (the whole algorithm in sight)
         if config.algo == "sft":  # nobody samples: what the data set teaches to write
             rollouts = demonstrations(policy, questions, config)
         else:
-            rollouts = sample(policy, questions, config, fold(config.seed, step, 0))
+            rollouts = evaluation.sample(policy, questions, config, fold(config.seed, step, 0))
 
         # 2. Reward: a rule, not a model, turns each completion into a number.
         rewards.grade_all(rollouts, config)
@@ -88,16 +85,16 @@ def train(  # noqa: C901, PLR0912, PLR0915 (the whole algorithm in sight)
         for epoch in range(config.epochs):
             order = fold(config.seed, step, "order", epoch)
             for minibatch in batch.shuffled(config.minibatches, order):
-                weights = grpo.token_weights(minibatch.lengths, config.weights, config.max_new)
+                weights = grpo.token_weights(minibatch.mask.sum(2), config.weights, config.max_new)
                 minibatch.token_weights = weights  # [P, G], over all rows of the optimiser step
                 stats = Stats()
-                mine = distributed.share(len(minibatch))  # all prompts, if there is one process
-                for part in minibatch.split(config.micro_batch, mine):
+                for part in minibatch.split(config.micro_batch, distributed.share(len(weights))):
                     loss, of_part = loss_of(policy, part, config, step)
                     loss.backward()
                     stats.merge(of_part)
-                stats = distributed.add_gradients(policy.trainable(), stats)
-                if clip_gradients(policy, config, stats):
+                if distributed.world > 1:
+                    stats = distributed.add_gradients(policy.trainable(), stats)
+                if clip_gradients(optimizer, config, stats):
                     optimizer.step()
                 else:
                     say_skipped(policy, batch, rollouts, config, step, stats)
@@ -120,61 +117,45 @@ def loss_of(policy: Policy, batch: Batch, config: Config, step: int) -> tuple[Te
     loss does, `mask` in place of `each` gives the plain mean over tokens.
     """
     scores = policy.score(batch, config.temperature)
-    logps, mask = by_row(scores.logps), by_row(batch.mask)  # [N, T]
+    logps, mask = scores.logps.flatten(0, 1), batch.mask.flatten(0, 1)  # [P, G, T] -> [N, T]
     weights = batch.token_weights.flatten()  # [N]
     each = weights[:, None] * mask  # [N, T] the weight of each counted token
     if config.algo == "sft":
         loss, stats = -(each * logps).sum(), Stats()
     else:
         # With one optimiser step a rollout the policy before the update is the policy itself.
-        old_logps = logps.detach() if batch.old_logps is None else by_row(batch.old_logps)
+        old_logps = logps.detach()
+        if batch.old_logps is not None:
+            old_logps = batch.old_logps.flatten(0, 1)
         loss, stats = grpo.policy_loss(
             logps,
             old_logps,
-            by_row(batch.advantages),
+            batch.advantages.flatten(0, 1),
             mask,
             weights,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             ratio=config.ratio,
         )
-        sampler_gap = (old_logps - by_row(batch.sample_logps)).abs()
+        sampler_gap = (old_logps - batch.sample_logps.flatten(0, 1)).abs()
         stats.max("max_sampler_gap", sampler_gap * mask)
     if config.advantage == "gae":  # its KL is in the rewards
-        values, old_values = by_row(scores.values), by_row(batch.values)
-        error = grpo.value_loss(
-            values, old_values, by_row(batch.returns), mask, weights, config.value_clip or None
-        )
+        parts = (scores.values, batch.values, batch.returns)
+        values, old_values, returns = (x.flatten(0, 1) for x in parts)
+        clip = config.value_clip or None
+        error = grpo.value_loss(values, old_values, returns, mask, weights, clip)
         loss = error + (loss if step >= config.critic_warmup else 0.0)
         stats.mean("value_loss", error / each.sum(), each.sum())
     elif batch.ref_logps is not None:
-        kl = grpo.kl_term(logps, by_row(batch.ref_logps), config.kl)
+        kl = grpo.kl_term(logps, batch.ref_logps.flatten(0, 1), config.kl)
         loss = loss + config.kl_coef * (each * kl).sum()
         stats.mean("kl", kl, each)
     stats.sum("loss", loss)
-    stats.mean("entropy", by_row(scores.entropy), each)
+    stats.mean("entropy", scores.entropy.flatten(0, 1), each)
     return loss, stats
 
 
-def by_row(x: Tensor) -> Tensor:
-    """[P, G, T] -> [N, T]"""
-    return x.flatten(0, 1)
-
-
 # ------------------------------------------------------------------------------- its six parts
-def sample(policy: Policy, questions: list, config: Config, seed: int) -> list[Rollout]:
-    """G completions of each question; several processes share the questions."""
-    return evaluation.sample(
-        policy,
-        questions,
-        config,
-        n=config.samples,
-        temperature=config.temperature,
-        seed=seed,
-        rows=policy.sample_rows,
-    )
-
-
 def demonstrations(policy: Policy, items: list, config: Config) -> list[Rollout]:
     """Supervised fine-tuning in the same loop: one rollout an item, which nobody sampled."""
     rollouts = []
@@ -207,7 +188,7 @@ def refill(
         if not missing or k > REFILLS:
             break
         questions = data.batch_for_step(items, step, missing, (config.seed, k))
-        rollouts = sample(policy, questions, config, fold(config.seed, step, k))
+        rollouts = evaluation.sample(policy, questions, config, fold(config.seed, step, k))
         rewards.grade_all(rollouts, config)
     for number, group in enumerate(kept):
         for rollout in group:
@@ -227,16 +208,17 @@ def score(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs and, where there is a critic, its values, of all completions. -> [P, G, T] x 2"""
     found = torch.zeros(2, *batch.mask.shape, device=policy.device)
-    mine = distributed.share(len(batch))
+    mine = distributed.share(len(batch.mask))
     first = mine.start
     for part in batch.split(config.micro_batch, mine):
         scores = policy.score(part, config.temperature, values_too)
-        rows = slice(first, first + len(part))
+        rows = slice(first, first + len(part.mask))
         for kind, x in enumerate((scores.logps, scores.values)):
             if x is not None:
                 found[kind, rows, :, : x.shape[2]] = x
-        first += len(part)
-    distributed.add_up(found)
+        first += len(part.mask)
+    if distributed.world > 1:
+        distributed.add_up(found)
     return found[0], found[1] if policy.critic else None
 
 
@@ -245,10 +227,11 @@ def ppo_advantages(batch: Batch, config: Config, log: Log) -> tuple[Tensor, Tens
 
     The reward of token t is - kl_coef log(pi / ref), and of the last one also the grader's.
     """
-    mask, old_logps, values = by_row(batch.mask), by_row(batch.old_logps), by_row(batch.values)
+    parts = (batch.mask, batch.old_logps, batch.values)
+    mask, old_logps, values = (x.flatten(0, 1) for x in parts)  # [P, G, T] -> [N, T]
     kl = torch.zeros_like(old_logps)
     if batch.ref_logps is not None:
-        kl = grpo.kl_term(old_logps, by_row(batch.ref_logps), "k1") * mask
+        kl = grpo.kl_term(old_logps, batch.ref_logps.flatten(0, 1), "k1") * mask
     token_rewards = -config.kl_coef * kl
     last = mask.sum(1) - 1  # [N] the last counted token, the EOS where one was sampled
     token_rewards[torch.arange(len(last)), last] += batch.rewards.flatten()
@@ -275,15 +258,14 @@ def make_optimizer(policy: Policy, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-def clip_gradients(policy: Policy, config: Config, stats: Stats) -> bool:
+def clip_gradients(optimizer: torch.optim.Optimizer, config: Config, stats: Stats) -> bool:
     """Scale gradients down to max_grad_norm -> whether they and the loss are finite.
 
     Each part by itself: a large error of the critic must not shrink the policy's step.
     """
-    for part in ("policy", "critic"):
-        if parameters := list(policy.trainable(part).values()):
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            stats.sum(f"{part}_grad_norm", norm)
+    for part, group in zip(("policy", "critic"), optimizer.param_groups):
+        norm = torch.nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+        stats.sum(f"{part}_grad_norm", norm)
     finite = all(math.isfinite(figure) for figure in stats.figures().values())
     stats.sum("skipped", not finite)
     return finite
@@ -370,7 +352,7 @@ def main_run(given: dict, resume: Path | None, export: str = "", dry_run: bool =
         splits[name] = evaluation.fitting(policy, items, config, f"{name}: ")
     config = memory.chosen_sizes(policy, splits["train"], config, facts)
     if dry_run:
-        if distributed.rank() == 0:
+        if distributed.rank == 0:
             print(f"dry run: {len(splits['train'])} items to train on; nothing was written")
         return
     runs.write_beginning(run, facts, init)
@@ -378,7 +360,7 @@ def main_run(given: dict, resume: Path | None, export: str = "", dry_run: bool =
         look_at_test("before", policy, splits["test"], config, results)
     policy = train_within_memory(config, run, policy, splits, facts, init)
     look_at_test("after", policy, splits["test"], config, results)
-    if distributed.rank():
+    if distributed.rank:
         return
     report.write(run, items=splits["train"])
     seconds = time.perf_counter() - began
@@ -388,10 +370,22 @@ def main_run(given: dict, resume: Path | None, export: str = "", dry_run: bool =
         runs.export(policy, run, Path(export), config, ["On the test split", *told])
 
 
+def train_on(
+    config: Config, run: Path, policy: Policy, splits: dict, stopping: Sequence[int] = ()
+) -> None:
+    """`train`, from the newest checkpoint of the run to config.steps.
+
+    stopping: the run ends after the step in which a signal's number appears there.
+    """
+    optimizer = make_optimizer(policy, config)
+    log = Log(run, policy, optimizer, config, stopping)
+    train(config, policy, optimizer, splits, log)
+
+
 def train_within_memory(
     config: Config, run: Path, policy: Policy, splits: dict, facts: dict, init: dict | None
 ) -> Policy:
-    """`train`, and where memory runs out all the same: again, with half the sizes.
+    """`train_on`, and where memory runs out all the same: again, with half the sizes.
 
     Then it goes on as any resumed run does, from the newest checkpoint or from the beginning, so
     nothing of the step that failed is left.
@@ -399,14 +393,14 @@ def train_within_memory(
     with stop_signals() as stopping:
         while True:
             try:
-                train(config, run, policy, splits, stopping)
+                train_on(config, run, policy, splits, stopping)
                 return policy
             except torch.OutOfMemoryError:
                 pass  # the exception holds what the step had made: it ends with this block
             # The caller holds the policy too, and its weights must go before others come.
             vars(policy).clear()
             config = memory.smaller(config, facts["sizes"], "training")
-            if distributed.world() > 1:
+            if distributed.world > 1:
                 raise UsageError(
                     "the other processes cannot be called back in the middle of a step; go on with "
                     f"--resume {run} --micro-batch {config.micro_batch}"
@@ -435,7 +429,7 @@ def make_first_model(
     run.mkdir(parents=True, exist_ok=True)
     runs.write_json(run / "run.json", facts)  # a kill from here on leaves a run to resume
     if config.init:
-        if distributed.rank() == 0:
+        if distributed.rank == 0:
             shutil.copytree(runs.run_of(config.init)[0] / "model", run / "model")
     else:
         policy = first_policy(
@@ -444,7 +438,7 @@ def make_first_model(
             warm=not dry_run,
             when_clean=lambda p: look_at_test("clean", p, splits["test"], config, results),
         )
-        if distributed.rank() == 0:
+        if distributed.rank == 0:
             policy.save_folder(run / "model")
     distributed.gathered([])  # the model is there for all
 

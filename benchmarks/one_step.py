@@ -1,9 +1,10 @@
 """One step of `train.train` over rollouts that are there already: for benchmarks and tests.
 
 The loop has no function for "the update" that could be called alone, since a reader should see it
-whole. Here the loop runs for one step with its sampling, grading, optimiser and log replaced.
+whole. Here the loop runs for one step with its sampling and grading replaced.
 """
 
+from dataclasses import replace
 from unittest import mock
 
 import train
@@ -39,25 +40,26 @@ class OneStep:
 
 
 def update(policy, optimizer, rollouts: list, config, step: int = 0) -> dict:
-    """Log-probs, advantages and the optimiser steps over these graded rollouts -> the metrics."""
+    """Log-probs, advantages and the optimiser steps over these graded rollouts -> the metrics.
+
+    At the optimiser's own learning rates.
+    """
     log = OneStep(step)
+    config = replace(config, dynamic=False, schedule="constant", warmup=0)
     with (
-        mock.patch.object(train, "Log", lambda *args: log),
-        mock.patch.object(train, "make_optimizer", lambda *args: optimizer),
-        mock.patch.object(train, "learning_rate", lambda step, config, peak: peak),
-        mock.patch.object(train, "sample", lambda *args: rollouts),
+        mock.patch.object(train.evaluation, "sample", lambda *args: rollouts),
         mock.patch.object(train, "demonstrations", lambda *args: rollouts),
-        mock.patch.object(train, "refill", lambda policy, rollouts, *args: rollouts),
         mock.patch.object(train.rewards, "grade_all", lambda *args: None),
     ):
         questions = [rollout.item for rollout in rollouts]
-        train.train(config, None, policy, {"train": questions})
+        train.train(config, policy, optimizer, {"train": questions}, log)
     return log.figures()
 
 
 def sampled_and_graded(policy, items: list, config, step: int = 0) -> list:
     """The rollouts of a step, as the loop makes them; without DAPO's refills."""
     questions = train.data.batch_for_step(items, step, config.prompts, config.seed)
-    rollouts = train.sample(policy, questions, config, train.fold(config.seed, step, 0))
+    seed = train.fold(config.seed, step, 0)
+    rollouts = train.evaluation.sample(policy, questions, config, seed)
     train.rewards.grade_all(rollouts, config)
     return rollouts

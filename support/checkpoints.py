@@ -84,7 +84,7 @@ def save_checkpoint(run: Path, policy: Policy, optimizer, step: int, best: bool 
     policy.safetensors (trained weights), optimizer.safetensors (AdamW's state by "name|key"), and
     state.json with the step and the checksums.
     """
-    if distributed.rank():
+    if distributed.rank:
         return
     trainable = policy.trainable()
     weights = {name: p.detach().cpu().contiguous() for name, p in trainable.items()}
@@ -140,6 +140,6 @@ def restore(run: Path, policy: Policy, optimizer) -> int:
     step = int(checkpoint.name)
     distributed.gathered([])  # all have read before one deletes
     for later in (run / "checkpoints").glob("[0-9]*[0-9]"):
-        if int(later.name) > step and distributed.rank() == 0:  # damaged: not among those to keep
+        if int(later.name) > step and distributed.rank == 0:  # damaged: not among those to keep
             shutil.rmtree(later)
     return step

@@ -19,11 +19,13 @@ from tqdm import tqdm
 from support.errors import UsageError
 from support.metrics import Stats
 
+rank, world = 0, 1  # this process's number, and how many there are; `start` sets them
 PATIENCE = datetime.timedelta(minutes=20)  # how long one rank waits for another
 
 
 def start() -> None:
     """Join the other processes, where torchrun started us."""
+    global rank, world
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     backend = "gloo"
@@ -31,14 +33,7 @@ def start() -> None:
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     dist.init_process_group(backend, timeout=PATIENCE)
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    rank, world = dist.get_rank(), dist.get_world_size()
 
 
 def share(n: int) -> range:
@@ -46,7 +41,7 @@ def share(n: int) -> range:
 
     A contiguous part, empty where there are fewer things than ranks.
     """
-    return range(n * rank() // world(), n * (rank() + 1) // world())
+    return range(n * rank // world, n * (rank + 1) // world)
 
 
 def together(work, *args) -> None:
@@ -66,20 +61,17 @@ def gathered(mine: list) -> list:
 
     It is also a place where all wait for each other.
     """
-    if world() == 1:
+    if world == 1:
         return mine
-    lists: list = [None] * world()
+    lists: list = [None] * world
     together(dist.all_gather_object, lists, mine)
-    lists[rank()] = mine
+    lists[rank] = mine
     return [thing for of_rank in lists for thing in of_rank]
 
 
-def add_up(*tensors: Tensor) -> None:
-    """Each tensor becomes its sum over the ranks, in place."""
-    if world() == 1:
-        return
-    for tensor in tensors:
-        together(dist.all_reduce, tensor)
+def add_up(tensor: Tensor) -> None:
+    """The tensor becomes its sum over the ranks, in place."""
+    together(dist.all_reduce, tensor)
 
 
 def add_gradients(parameters: dict[str, Parameter], stats: Stats) -> Stats:
@@ -107,7 +99,7 @@ def say(message: str, everyone: bool = False) -> None:
 
     everyone: from this one in any case, and from which.
     """
-    if everyone and world() > 1:
-        message = f"process {rank()}: {message}"
-    if everyone or rank() == 0:
+    if everyone and world > 1:
+        message = f"process {rank}: {message}"
+    if everyone or rank == 0:
         tqdm.write(message, file=sys.stderr)

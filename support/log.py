@@ -33,7 +33,7 @@ class Log:
         self.stopping = stopping
         self.first = restore(run, policy, optimizer)
         self.files = {}
-        for name in ("metrics", "rollouts", "timing") if distributed.rank() == 0 else ():
+        for name in ("metrics", "rollouts", "timing") if distributed.rank == 0 else ():
             self.files[name] = self.reopened(run / f"{name}.jsonl")
         distributed.gathered([])  # the others read metrics.jsonl next
         with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
@@ -59,7 +59,7 @@ class Log:
             total=self.config.steps,
             desc="train",
             unit="step",
-            disable=None if distributed.rank() == 0 else True,
+            disable=None if distributed.rank == 0 else True,
         )
         for step in self.bar:
             self.step, self.began = step, time.perf_counter()
@@ -188,7 +188,7 @@ def stop_signals():
 
     def handler(number, frame):
         # torchrun sends SIGTERM after the SIGINT that all got.
-        if seen and (distributed.world() == 1 or number in seen):
+        if seen and (distributed.world == 1 or number in seen):
             os._exit(128 + number)
         seen.append(number)
         say("stopping when this step is done and written; once more stops at once")

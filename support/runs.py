@@ -183,7 +183,7 @@ def facts_of(config: Config, splits: dict, device: str) -> dict:
         "machine": {
             "threads": torch.get_num_threads(),
             "device": device,
-            "processes": distributed.world(),
+            "processes": distributed.world,
         },
     }
 
@@ -224,13 +224,13 @@ def new_policy(config: Config, run: Path, device: str, init: dict | None) -> Pol
 def write_beginning(run: Path, facts: dict, init: dict[str, Tensor] | None) -> None:
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "run.json", facts)
-    if init is not None and distributed.rank() == 0:
+    if init is not None and distributed.rank == 0:
         save_file(init, run / "init.safetensors")
     say(f"run folder {run}")
 
 
 def write_json(path: Path, content: dict) -> None:
-    if distributed.rank():
+    if distributed.rank:
         return
     beside = path.with_suffix(".tmp")
     with writing(path.parent, path.name):

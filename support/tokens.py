@@ -1,5 +1,7 @@
 """A tokenizer as the policy uses it: prompts to ids, ids to texts, and where a completion ends."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -69,19 +71,17 @@ class Tokens:
         if not self.chat:
             ids = self.tokenizer(plain_text(messages)).input_ids
             return ids[:-1] if ids[-1] in self.eos_ids else ids  # some close every text with EOS
+        render = partial(
+            self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True
+        )
         try:
-            text = self.rendered(messages)
+            text = render(messages)
         except Exception as error:  # jinja2's: some templates know no system turn
             if type(error).__name__ != "TemplateError":
                 raise
             together = "\n\n".join(message["content"] for message in messages)
-            text = self.rendered([{"role": "user", "content": together}])
+            text = render([{"role": "user", "content": together}])
         return self.tokenizer(text, add_special_tokens=False).input_ids  # the BOS is in it already
-
-    def rendered(self, messages: list[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
 
     def of_completion(self, text: str, end: bool = False) -> list[int]:
         """The ids of a text that nobody sampled; end: and the token that ends it."""
@@ -125,6 +125,3 @@ class Tokens:
         if self.stop_answer and (end := self.answer_end(ids)) is not None:
             ends.append(end)
         return min(ends, default=None)
-
-    def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)

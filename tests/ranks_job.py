@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+import eval as evaluation
 import rewards
 import train
 from policy import Policy
@@ -59,7 +60,7 @@ def wide(path: Path, config, items) -> Policy:
 
     Its logits are widened: at initialisation every token would be about equally likely.
     """
-    if distributed.rank() == 0:
+    if distributed.rank == 0:
         texts = []
         for item in items[:200]:
             texts += [data.messages(item)[1]["content"], data.completion(item)]
@@ -93,12 +94,12 @@ def with_tokens(policy, batch, config, step, loss_of=train.loss_of):
 
 
 class Watch:
-    """Stands in for the loop's sampler and for the sum of gradients, and keeps what they return."""
+    """Stands in for the loop's sampler and its clip; keeps the completions and the gradients."""
 
-    def __init__(self, name: str):
-        self.name, self.tokens, self.gradients = name, [], {}
-        self.sampler = train.demonstrations if name == "sft" else train.sample
-        self.add_gradients = distributed.add_gradients
+    def __init__(self, name: str, policy: Policy):
+        self.name, self.policy, self.tokens, self.gradients = name, policy, [], {}
+        self.sampler = train.demonstrations if name == "sft" else evaluation.sample
+        self.clip_gradients = train.clip_gradients
 
     def sample(self, *args) -> list:
         rollouts = self.sampler(*args)
@@ -107,12 +108,12 @@ class Watch:
         self.tokens.append([rollout.completion_ids for rollout in rollouts])
         return rollouts
 
-    def add(self, parameters, stats):
-        found, step = self.add_gradients(parameters, stats), len(self.gradients)
-        for name, p in parameters.items():
+    def clip(self, optimizer, config, stats) -> bool:
+        step = len(self.gradients)
+        for name, p in self.policy.trainable().items():
             if p.grad is not None:
                 self.gradients[f"{step}|{name}"] = p.grad.clone()
-        return found
+        return self.clip_gradients(optimizer, config, stats)
 
 
 def job(folder: Path, name: str) -> None:
@@ -123,17 +124,19 @@ def job(folder: Path, name: str) -> None:
     policy = wide(folder / f"{name}.model", config, splits["train"])
     if name == "ppo":
         compute_in_float64(policy.value_head)
-    run, watch = folder / f"{name}.run", Watch(name)
+    run, watch = folder / f"{name}.run", Watch(name, policy)
     run.mkdir(exist_ok=True)
     with (
-        mock.patch.object(train, watch.sampler.__name__, watch.sample),
-        mock.patch.object(distributed, "add_gradients", watch.add),
+        mock.patch.object(
+            train if name == "sft" else evaluation, watch.sampler.__name__, watch.sample
+        ),
+        mock.patch.object(train, "clip_gradients", watch.clip),
         mock.patch.object(train, "make_optimizer", sgd),
         mock.patch.object(train, "loss_of", with_tokens),
         mock.patch.object(rewards, "grade", by_words),
     ):
-        train.train(config, run, policy, splits)
-    if distributed.rank():
+        train.train_on(config, run, policy, splits)
+    if distributed.rank:
         return
     weights = {key: p.detach().contiguous() for key, p in policy.trainable().items()}
     save_file(watch.gradients, folder / f"{name}.gradients")

@@ -38,12 +38,14 @@ def contents(rollouts):
     return [(r.group, r.item.id, r.completion_ids) for r in rollouts]
 
 
-def test_sampling_in_parts_changes_nothing(demo, items):
-    whole, *parts = [
-        evaluation.sample(demo, items, CONFIG, n=3, temperature=1.0, seed=5, rows=rows)
-        for rows in (100, 6, 1)
-    ]
-    assert contents(whole) == contents(parts[0]) == contents(parts[1])
+def test_sampling_in_parts_changes_nothing(demo, items, monkeypatch):
+    config = replace(CONFIG, samples=3, temperature=1.0)
+    whole = evaluation.sample(demo, items, config, seed=5)
+    answers = evaluation.answer(demo, items, CONFIG, n=3, temperature=1.0, seed=5, rows=6)
+    assert contents(whole) == contents(answers)
+    for rows in (6, 1):
+        monkeypatch.setattr(demo, "sample_rows", rows)
+        assert contents(whole) == contents(evaluation.sample(demo, items, config, seed=5))
     assert [r.group for r in whole] == [p for p in range(5) for _ in range(3)]
     assert [r.item.id for r in whole[::3]] == [item.id for item in items]
     assert len({tuple(r.completion_ids) for r in whole}) > 5
@@ -59,10 +61,12 @@ def test_what_another_process_sampled_gets_its_pictures(monkeypatch):
     """They come without pixels, and training needs them; one opening serves a group."""
     policy, item = lesion()
     items, opened = [item, item], []
-    alone = evaluation.sample(policy, items, CONFIG, n=2, temperature=1.0, seed=0)
+    config = replace(CONFIG, samples=2)
+    alone = evaluation.sample(policy, items, config, seed=0)
     # The second process of two: its own half as it is, the first's as it arrives.
     theirs = [replace(r, pictures=None) for r in alone[:2]]
-    monkeypatch.setattr(distributed, "share", lambda n: range(1, n))
+    monkeypatch.setattr(distributed, "rank", 1)
+    monkeypatch.setattr(distributed, "world", 2)
     monkeypatch.setattr(distributed, "gathered", lambda mine: theirs + mine)
     look = policy.vision.look
 
@@ -71,7 +75,7 @@ def test_what_another_process_sampled_gets_its_pictures(monkeypatch):
         return look(item, ids)
 
     monkeypatch.setattr(policy.vision, "look", counted)
-    found = evaluation.sample(policy, items, CONFIG, n=2, temperature=1.0, seed=0)
+    found = evaluation.sample(policy, items, config, seed=0)
     assert contents(found) == contents(alone) and len(opened) == 2  # theirs, and ours to sample
     for one, other in zip(found, alone):
         assert (one.pictures.pixels == other.pictures.pixels).all()
@@ -139,7 +143,7 @@ def test_blank_and_swapped_images_are_asked_of_items_with_images(monkeypatch):
     other = replace(data.load("demo-images", "test", task="localize")[1], id="other")
     assert other.answer != item.answer
     items = [replace(item, image=None), item, other]
-    monkeypatch.setattr(evaluation, "in_parts", lambda policy, items, *how: [unread(items)])
+    monkeypatch.setattr(evaluation, "sample", lambda policy, items, *how: unread(items))
     found = evaluation.looking(policy, items, CONFIG)
     assert found["blank_image_n"] == found["swapped_image_n"] == 2
     assert found["blank_image_mean_iou"] == found["swapped_image_accuracy"] == 0

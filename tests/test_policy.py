@@ -66,7 +66,7 @@ def test_no_mask_comes_from_token_values(items):
     batch = collate(rollouts)
     assert batch.prompt_mask.tolist() == [[True] * 4, [False] * 3 + [True]]
     assert batch.mask.tolist() == [[[True] * 4], [[True, True, False, False]]]
-    assert batch.lengths.tolist() == [[4], [2]]
+    assert batch.mask.sum(2).tolist() == [[4], [2]]
     for mine, theirs in zip(policy.score(batch).logps[:, 0], replicated(policy, rollouts)):
         torch.testing.assert_close(mine[: len(theirs)], theirs, rtol=0, atol=1e-4)
 
@@ -96,7 +96,7 @@ def test_collate_checks_its_groups(items, demo):
     with pytest.raises(ValueError, match="two prompts"):
         collate(rows)
     twins = made_up(demo, [items[0], items[0]], [[2, 2], [2, 2]])
-    assert len(collate(twins)) == 2  # the same prompt twice stays two groups
+    assert len(collate(twins).mask) == 2  # the same prompt twice stays two groups
 
 
 def test_rollouts_come_to_their_group_in_any_order(items, demo):
@@ -105,7 +105,7 @@ def test_rollouts_come_to_their_group_in_any_order(items, demo):
         rollout.reward = float(i)
     batch = collate([rollouts[i] for i in (3, 0, 2, 1)])
     assert batch.rewards.tolist() == [[3.0, 2.0], [0.0, 1.0]]
-    assert batch.lengths.tolist() == [[1, 4], [2, 3]]
+    assert batch.mask.sum(2).tolist() == [[1, 4], [2, 3]]
 
 
 def test_a_part_of_a_batch_has_no_more_padding_than_it_needs(items, demo):
@@ -128,18 +128,18 @@ def test_minibatches_and_micro_batches_hold_every_prompt_once(items, demo):
     batch = collate(rollouts)
     for n, sizes in ((1, [5]), (2, [3, 2]), (5, [1] * 5), (9, [1] * 5)):
         parts = batch.shuffled(n, seed=4)
-        assert [len(part) for part in parts] == sizes
-        lengths = torch.cat([part.lengths for part in parts]).flatten()
+        assert [len(part.mask) for part in parts] == sizes
+        lengths = torch.cat([part.mask.sum(2) for part in parts]).flatten()
         assert sorted(lengths.tolist()) == [2, 3, 4, 5, 6]
-        again = torch.cat([part.lengths for part in batch.shuffled(n, seed=4)]).flatten()
+        again = torch.cat([part.mask.sum(2) for part in batch.shuffled(n, seed=4)]).flatten()
         assert torch.equal(lengths, again)
-    assert any(batch.shuffled(1, seed)[0].lengths[0] != 2 for seed in range(9))
+    assert any(batch.shuffled(1, seed)[0].mask[0].sum() != 2 for seed in range(9))
     for size, sizes in ((0, [5]), (2, [2, 2, 1]), (9, [5])):
         parts = batch.split(size)
-        assert [len(part) for part in parts] == sizes
-        in_order = torch.cat([part.lengths for part in parts]).flatten()
+        assert [len(part.mask) for part in parts] == sizes
+        in_order = torch.cat([part.mask.sum(2) for part in parts]).flatten()
         assert in_order.tolist() == [2, 3, 4, 5, 6]
-    mine = torch.cat([part.lengths for part in batch.split(2, range(1, 4))]).flatten()
+    mine = torch.cat([part.mask.sum(2) for part in batch.split(2, range(1, 4))]).flatten()
     assert mine.tolist() == [3, 4, 5]  # a process's share
 
 

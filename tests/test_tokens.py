@@ -36,7 +36,7 @@ def test_stop_at_the_first_answer(items, monkeypatch):
     tokens = policy.tokens
     assert tokens.stop_answer and not tokens.chat
     ids = tokens.of_completion("<answer>B</answer> more</answer>")
-    assert tokens.text(ids[: tokens.answer_end(ids)]) == " <answer>B</answer>"
+    assert tokens.tokenizer.decode(ids[: tokens.answer_end(ids)]) == " <answer>B</answer>"
     assert tokens.end(ids) == tokens.answer_end(ids) == 19
     assert tokens.answer_end(ids[:18]) is None
     script = policy.tokenizer("<answer>B</answer>" + "x" * 23).input_ids

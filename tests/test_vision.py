@@ -219,7 +219,7 @@ def test_a_frozen_reference_leaves_the_tower_it_shares_alone(items, bf16_product
     batch = collate([replace(rollout, **answered) for rollout in started])
     with policy.reference():
         reference = policy.score(batch).logps
-        assert isinstance(policy.autocast(), torch.autocast)
+        assert policy.mixed and isinstance(policy.autocast(), torch.autocast)
     assert torch.equal(policy.score(batch).logps.detach(), reference)
 
 

@@ -94,7 +94,8 @@ class Recorder:
     """An optimiser that only keeps the gradients it is shown."""
 
     def __init__(self, policy: Policy):
-        self.policy, self.seen, self.param_groups = policy, [], [{"lr": 0.0}]
+        self.policy, self.seen = policy, []
+        self.param_groups = [{"params": list(policy.trainable().values()), "lr": 0.0}]
 
     def step(self):
         gradients = [p.grad.flatten() for p in self.policy.trainable().values()]
