@@ -332,9 +332,7 @@ class Policy:
         if image_processor:
             self.vision = Vision(model, self.tokens, image_processor, use.train_vision)
         elif use.train_vision:
-            raise UsageError(
-                "--train-vision: this model has no vision tower; use a Qwen2.5-VL or Qwen2-VL"
-            )
+            raise UsageError("--train-vision: this model has no vision tower; use a Qwen-VL")
         forbidden = sorted(self.tokens.forbidden)
         self.forbidden = torch.tensor(forbidden, dtype=torch.long, device=self.device)
         # --full on a GPU: fp32 weights, bf16 products. Else products have the weights' own type.
@@ -404,7 +402,7 @@ class Policy:
         if not self.vision:
             raise UsageError(
                 f"{item.id} has an image, and this model cannot see: "
-                "--model needs a Qwen2.5-VL or Qwen2-VL"
+                "--model needs a Qwen3-VL, Qwen2.5-VL or Qwen2-VL"
             )
         return self.vision.prompt(chat, item)
 
@@ -443,7 +441,7 @@ class Policy:
         with self.autocast():
             inputs = {"input_ids": ids}
             if seen:
-                inputs = {"inputs_embeds": self.vision.embeddings(self.model, ids, seen)}
+                inputs = self.vision.inputs(self.model, ids, seen)
             decoder, mask = self.model.get_decoder(), NO_MASK.to(ids.device)
             return decoder(
                 **inputs, attention_mask=mask, position_ids=positions, prompt_once=layout, **cache

@@ -16,7 +16,7 @@ from support.tokens import Tokens
 __all__ = ["FRAMES", "ImageProcessor", "Pictures", "Vision"]
 
 # The frame in which a family of models writes boxes, (width, height); None = the resized image.
-FRAMES = {"qwen2_5_vl": None, "qwen2_vl": (1000, 1000)}
+FRAMES = {"qwen3_vl": (1000, 1000), "qwen2_5_vl": None, "qwen2_vl": (1000, 1000)}
 
 
 @dataclass(eq=False)
@@ -26,11 +26,14 @@ class Pictures:
     pixels: Tensor  # [patches of all images, channels x time x height x width of a patch]
     grids: Tensor  # [images, 3]: time, height, width in patches
     positions: Tensor  # [3, L] of the prompt's tokens: time, height, width
-    features: Tensor | None = None  # [image tokens, D] once a frozen tower has seen them
+    features: Tensor | None = None  # [levels, image tokens, D] once a frozen tower has seen them
 
 
 class Vision:
-    """The eyes of a Qwen2.5-VL or Qwen2-VL. trained: the tower learns, so nothing of it is kept."""
+    """The eyes of a Qwen3-VL, Qwen2.5-VL or Qwen2-VL.
+
+    trained: the tower learns, so nothing of it is kept.
+    """
 
     def __init__(self, model, tokens: Tokens, processor: ImageProcessor, trained: bool):
         self.model, self.tokens, self.processor, self.trained = model, tokens, processor, trained
@@ -107,11 +110,15 @@ class Vision:
 
     # -- the forward pass
     def tower(self, model, seen: list[Pictures]) -> Tensor:
-        """The vision tower on all images of some prompts -> [image tokens, D]"""
-        device = model.device
-        pixels = torch.cat([p.pixels for p in seen]).to(device)
-        grids = torch.cat([p.grids for p in seen]).to(device)
-        return torch.cat(model.model.get_image_features(pixels, grids).pooler_output)
+        """The vision tower on all images of some prompts -> [levels, image tokens, D]
+
+        Its output, and in Qwen3-VL what some layers on the way to it saw (arXiv 2406.04334).
+        """
+        visual = model.model.visual
+        pixels = torch.cat([p.pixels for p in seen]).to(visual.device, visual.dtype)
+        grids = torch.cat([p.grids for p in seen]).to(visual.device)
+        found = visual(pixels, grid_thw=grids)
+        return torch.stack([found.pooler_output, *getattr(found, "deepstack_features", ())])
 
     def features(self, model, seen: list[Pictures]) -> Tensor:
         """A frozen tower runs once a prompt, for sampling and every pass of the update alike."""
@@ -121,13 +128,18 @@ class Vision:
             if one.features is None:
                 with torch.no_grad():
                     one.features = self.tower(model, [one])
-        return torch.cat([one.features for one in seen])
+        return torch.cat([one.features for one in seen], 1)
 
-    def embeddings(self, model, ids: Tensor, seen: list[Pictures]) -> Tensor:
-        """[P, S] -> [P, S, D]: words, and in the place of image tokens the features."""
-        words = model.get_input_embeddings()(ids)
-        is_image = (ids == self.image_token)[..., None]
-        return words.masked_scatter(is_image, self.features(model, seen).to(words.dtype))
+    def inputs(self, model, ids: Tensor, seen: list[Pictures]) -> dict:
+        """The decoder's keywords for ids [P, S], of which image tokens stand for features."""
+        words = model.get_input_embeddings()(ids)  # [P, S, D]
+        is_image = ids == self.image_token
+        # The first level stands in for image tokens; layer i adds level i + 1 to what it wrote.
+        first, *later = self.features(model, seen).to(words.dtype)
+        inputs = {"inputs_embeds": words.masked_scatter(is_image[..., None], first)}
+        if later:
+            inputs |= {"visual_pos_masks": is_image, "deepstack_visual_embeds": later}
+        return inputs
 
     def positions(self, prompt_positions: Tensor, seen: list[Pictures | None]) -> Tensor:
         """[P, L] -> [3, P, L]: an image of h x w tokens takes max(h, w) positions, not h * w."""

@@ -7,7 +7,12 @@ import pytest
 import torch
 from helpers import refused
 from tiny_models import assert_scores_and_gradients, completions, moved
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 import data
 import train
@@ -17,7 +22,25 @@ from policy import Policy, collate
 from support.demo_model import tiny_vl_policy
 
 NAMES = ("round", "irregular")
-TOWER = dict(depth=2, embed_dim=64, hidden_size=64, num_heads=4, mlp_ratio=2, patch_size=7)
+TOWER = dict(depth=2, hidden_size=64, num_heads=4, patch_size=7)
+# The families beside the demo's Qwen2.5-VL: config, model, and what their towers and decoders add.
+FAMILIES = {
+    "qwen2_vl": (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        TOWER | dict(embed_dim=64, mlp_ratio=2),
+        {},
+    ),
+    "qwen3_vl": (  # what both layers of the tower see reaches the decoder's layers
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        TOWER
+        | dict(intermediate_size=128, out_hidden_size=64, num_position_embeddings=16)
+        | dict(deepstack_visual_indexes=[0, 1], initializer_range=0.15),
+        dict(head_dim=16),
+    ),
+}
+ALL_FAMILIES = ["qwen2_5_vl", *FAMILIES]
 
 
 def picture(seed: int, height: int, width: int) -> np.ndarray:
@@ -41,17 +64,18 @@ def tiny(items: list[Item], family: str = "qwen2_5_vl", **settings) -> Policy:
     texts = [data.messages(item)[1]["content"] + data.completion(item) for item in items]
     made = tiny_vl_policy(0, texts)
     model = made.model
-    if family == "qwen2_vl":
-        model = qwen2_vl(model.config.text_config.to_dict())
+    if family in FAMILIES:
+        model = of_family(family, model.config.text_config.to_dict())
     with torch.no_grad():
         model.lm_head.weight.mul_(3)
     return Policy(model, made.tokenizer, made.vision.processor, **({"lora": 0} | settings))
 
 
-def qwen2_vl(text_config: dict) -> Qwen2VLForConditionalGeneration:
-    config = Qwen2VLConfig(
-        text_config=text_config | {"model_type": "qwen2_vl_text"},
-        vision_config=TOWER,
+def of_family(family: str, text_config: dict):
+    config, model, tower, more = FAMILIES[family]
+    made = config(
+        text_config=text_config | more | {"model_type": f"{family}_text"},
+        vision_config=tower,
         image_token_id=3,
         vision_start_token_id=2,
         vision_end_token_id=4,
@@ -59,7 +83,7 @@ def qwen2_vl(text_config: dict) -> Qwen2VLForConditionalGeneration:
         attn_implementation={"text_config": "prompt_once"},
     )
     torch.manual_seed(0)
-    return Qwen2VLForConditionalGeneration(config)
+    return model(made)
 
 
 def inputs(policy: Policy, rollout) -> dict:
@@ -84,9 +108,8 @@ def replicated(policy: Policy, rollouts: list, temperature: float):
 
 # ----------------------------------------------------------------------------- scoring, sampling
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(
-    "family, train_vision", [("qwen2_5_vl", False), ("qwen2_5_vl", True), ("qwen2_vl", True)]
-)
+@pytest.mark.parametrize("train_vision", [False, True])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_prompt_once_equals_replicated(items, family, train_vision, checkpointing):
     policy = tiny(items, family, train_vision=train_vision, checkpointing=checkpointing)
     rollouts = policy.sample(items, 3, 9, 1.0, seed=4)
@@ -95,7 +118,7 @@ def test_prompt_once_equals_replicated(items, family, train_vision, checkpointin
     assert any("visual" in name for name in trained) == train_vision
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_greedy_equals_generate(items, family):
     policy = tiny(items, family)
     for rollout in policy.sample(items, 1, 16, 0.0, seed=0):
@@ -238,9 +261,12 @@ def test_completions_start_where_the_image_left_the_positions(items):
         assert starts[p] == texts + sum(max(h, w) for h, w in sizes)
 
 
-@pytest.mark.parametrize("family, fixed", [("qwen2_5_vl", None), ("qwen2_vl", (1000, 1000))])
+@pytest.mark.parametrize(
+    "family, fixed",
+    [("qwen2_5_vl", None), ("qwen2_vl", (1000, 1000)), ("qwen3_vl", (1000, 1000))],
+)
 def test_boxes_are_in_the_familys_frame(items, family, fixed):
-    """Qwen2.5-VL: pixels of the resized image; Qwen2-VL: 0..1000. To the original and back."""
+    """Qwen2.5-VL: pixels of the resized image; the others: 0..1000. To the original and back."""
     box = (100, 60, 200, 120)
     find = Item("find", "localize", "Find it.", (), (box,), image=picture(0, 240, 400))
     policy = tiny(items, family)
@@ -280,9 +306,10 @@ def test_an_image_token_beside_an_image_is_refused(items):
 
 
 # -------------------------------------------------------------------------------------- folders
-def test_folder_and_back(items, tmp_path):
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_folder_and_back(items, tmp_path, family):
     """Saved as a Hugging Face folder and loaded again; max_pixels makes the image smaller."""
-    policy = tiny(items)
+    policy = tiny(items, family)
     policy.save_folder(tmp_path)
     again = Policy.load(str(tmp_path), lora=0)
     mine, theirs = (one.sample(items, 2, 8, 1.0, 0) for one in (policy, again))
