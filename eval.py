@@ -18,7 +18,7 @@ import data
 import rewards
 from data import Item
 from policy import Policy, Rollout
-from support import distributed, eval_cli, loading, probes, runs, statistics
+from support import distributed, eval_cli, loading, probes, runs, sheet, statistics
 from support.errors import UsageError
 
 
@@ -282,10 +282,9 @@ def evaluate_on(policy: Policy, items: list[Item], config, name: str, args):
         "max_new": config.max_new,
     }
     if args.save_images and distributed.rank == 0:
-        folder = Path(args.save_images)
-        if len(args.models) * len(args.dataset or [0]) * len(args.style or [0]) > 1:
-            folder /= probes.plain(what)
-        probes.save_images(greedy, folder)
+        shown = sheet.save(greedy, Path(args.save_images) / f"{sheet.plain(what)}.png")
+        if not shown:
+            distributed.say(f"{config.dataset}: --save-images needs items with images")
     return result, rollouts
 
 

@@ -114,7 +114,7 @@ def add_what_is_measured(p: Parser) -> None:
     p.add_argument(
         "--save-images",
         metavar="DIR",
-        help="write each image with gold and predicted boxes or labels as PNG",
+        help="write a contact sheet as PNG: right and given boxes or labels, worst first",
     )
 
 

@@ -6,14 +6,12 @@ is read here; eval.py does the answering.
 """
 
 import functools
-import re
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import rewards
 from data import Item
@@ -83,56 +81,6 @@ def swapped(items: list[Item]) -> list[Item]:
                 changed.append(replace(item, frame=None, image=other.image))
                 break
     return changed
-
-
-def save_images(rollouts: list[Rollout], folder: Path) -> None:
-    """A PNG of every rollout whose item has an image, named by its place and its item."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, rollout in enumerate(rollouts):
-        if rollout.item.image is not None:
-            draw(rollout, folder / f"{i:05d}-{plain(rollout.item.id)[:80]}.png")
-
-
-def plain(name: str) -> str:
-    """A name that any file system takes."""
-    return re.sub(r"[^A-Za-z0-9.-]", "_", name)
-
-
-def draw(rollout: Rollout, path: Path) -> None:
-    """A PNG of an item's first image, with what is right in green and what was answered in red.
-
-    Boxes stand on the image, names below it. Small images are enlarged by a whole number.
-    """
-    picture = pictures.open_image(pictures.sources(rollout.item.image)[0])
-    scale = max(1, 448 // max(picture.size))
-    size = (picture.width * scale, picture.height * scale)
-    canvas = Image.new("RGB", (max(size[0], 320), size[1] + 32), "white")
-    canvas.paste(picture.resize(size, Image.Resampling.NEAREST))
-    pen, gold, predicted = ImageDraw.Draw(canvas), rollout.item.answer, rollout.predicted
-    if rollout.item.task == "localize":
-        draw_boxes(pen, gold, scale, "lime")
-        draw_boxes(pen, predicted, scale, "red")
-        gold = f"{len(gold)} boxes"
-        predicted = f"{len(predicted)} boxes, IoU {rollout.parts['iou']:.2f}"
-    write(pen, size[1] + 2, f"gold: {gold}", "green")
-    write(pen, size[1] + 16, f"answer: {predicted or 'unreadable'}", "red")
-    canvas.save(path)
-
-
-def draw_boxes(pen: ImageDraw.ImageDraw, boxes, scale: int, colour: str) -> None:
-    """Half-open boxes, in pixels of the image before it was enlarged: at most 100 of them.
-
-    A policy may have written anything, so coordinates are kept in a range that Pillow can draw.
-    """
-    for box in boxes[:100]:
-        x1, y1, x2, y2 = (min(max(x * scale, -10), 10**5) for x in box)
-        corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
-        pen.rectangle(corners, outline=colour, width=2)
-
-
-def write(pen: ImageDraw.ImageDraw, y: int, text: str, colour: str) -> None:
-    """80 characters, of which Pillow's own font has ASCII only."""
-    pen.text((4, y), text[:80].encode("ascii", "replace").decode(), fill=colour)
 
 
 # ------------------------------------------------------------------------------------ likelihood

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import data
 from data import Item
@@ -75,33 +74,6 @@ def test_an_image_goes_to_an_item_of_another_answer_with_as_many(mixed):
     assert np.array_equal(swapped[2].image, mixed[1].image)
     assert [item.answer for item in swapped] == ["round", "round", "irregular"]
     assert swapped[0].frame is None  # the frame of the image that it had
-
-
-def pixels(path):
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def test_boxes_are_drawn_on_the_enlarged_image(tmp_path):
-    """4 x 2 pixels become 448 x 224; gold is the left half, and the answer leaves the image."""
-    image = np.zeros((2, 4, 3), np.uint8)
-    item = Item("b", "localize", "Q", (), ((0, 0, 2, 2),), image=image)
-    said = ((3, 0, 1e9, 1e9),)
-    rollout = Rollout(item, 0, [], [], [], True, predicted=said, parts={"iou": 0.0})
-    probes.draw(rollout, tmp_path / "x.png")
-    drawn = pixels(tmp_path / "x.png")
-    assert drawn.shape == (224 + 32, 448, 3)
-    assert drawn[100, 223].tolist() == [0, 255, 0] and drawn[100, 336].tolist() == [255, 0, 0]
-    assert drawn[100, 224].tolist() == drawn[100, 100].tolist() == [0, 0, 0]  # half-open, hollow
-    assert (drawn[224:] < 128).any()  # something is written below
-
-
-def test_images_are_saved_by_place_and_name(tmp_path):
-    item = Item("a/b c", "classify", "Q", NAMES, "round", image=picture(0, 28, 28))
-    rollouts = [Rollout(replace(item, image=None), 0, [], [], [], True)]
-    rollouts += [Rollout(item, 0, [], [], [], True, predicted="\u2603")]
-    probes.save_images(rollouts, tmp_path / "new")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["00001-a_b_c.png"]
 
 
 # ------------------------------------------------------------------------------------ likelihood
