@@ -282,8 +282,8 @@ def evaluate_on(policy: Policy, items: list[Item], config, name: str, args):
         "max_new": config.max_new,
     }
     if args.save_images and distributed.rank == 0:
-        shown = sheet.save(greedy, Path(args.save_images) / f"{sheet.plain(what)}.png")
-        if not shown:
+        stem = sheet.plain(f"{what} {args.split} {items[0].task}")
+        if not sheet.save(greedy, Path(args.save_images) / f"{stem}.png"):
             distributed.say(f"{config.dataset}: --save-images needs items with images")
     return result, rollouts
 
