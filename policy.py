@@ -303,6 +303,7 @@ class Settings:
 
     lora: int = 16  # the adapters' rank; 0 = all weights are trained
     critic: str = ""  # "", "head" (reads the policy's hidden states) or "lora" (has adapters too)
+    critic_rank: int = 16  # for lora=0, where the critic adapts the frozen copy
     keep_reference: bool = False  # a frozen copy for lora=0; adapters are switched off instead
     init: dict[str, Tensor] | None = None  # another run's weights: the beginning, the reference
     train_vision: bool = False
@@ -357,16 +358,20 @@ class Policy:
             add_lora(model.model.visual, use.lora, self.switch, names, use.seed + 1)
         self.critic = use.critic
         self.value_head = new_value_head(model) if use.critic else None
+        self.frozen = None
         if use.init is not None:
             loading.begin_at(use.init, self.trainable("policy"))
-        self.frozen = None
-        if use.keep_reference and not use.lora:
+        if not use.lora and (use.keep_reference or use.critic == "lora"):
             shares_tower = self.vision and not use.train_vision
             self.frozen = loading.frozen_copy(model, self.mixed, shares_tower)
+            if use.critic == "lora":  # with these adapters it is the critic, without the reference
+                decoder = self.frozen.get_decoder()
+                add_lora(decoder, use.critic_rank, self.switch, ["critic"], use.seed)
         if use.checkpointing:
             # When the layers run again other adapters may be in force: each remembers its own.
             loading.enable_checkpointing(
-                model, lambda: (nullcontext(), self.adapters(self.switch["adapters"]))
+                (model, self.frozen),
+                lambda: (nullcontext(), self.adapters(self.switch["adapters"])),
             )
 
     @classmethod
@@ -544,14 +549,13 @@ class Policy:
 
         The value of token t is the critic's expectation before that token is seen.
         """
-        self.model.train(self.checkpointing and torch.is_grad_enabled())
         states = self.counted_states(batch)
         targets = batch.completion_ids[batch.mask]
         logps, entropy = self.token_logps(states, targets, temperature)
         zeros, values = torch.zeros(batch.mask.shape, device=self.device), None
         if self.critic and values_too:
             if self.critic == "lora":
-                with self.adapters("critic"):
+                with self.adapters("critic", self.frozen):
                     states = self.counted_states(batch)
             else:  # a head alone reads the policy's states and never moves them
                 states = states.detach()
@@ -561,6 +565,7 @@ class Policy:
 
     def counted_states(self, batch: Batch) -> Tensor:
         """The hidden state that predicts each counted token, [sum of lengths, D]."""
+        self.model.train(self.checkpointing and torch.is_grad_enabled())
         P, L = batch.prompt_ids.shape
         _, G, T = batch.completion_ids.shape
         fed = batch.completion_ids[:, :, : T - 1]  # nothing is predicted from the last token
@@ -600,12 +605,14 @@ class Policy:
 
     # -- which weights are in force, and which are trained
     @contextmanager
-    def adapters(self, name: str | None):
-        before, self.switch["adapters"] = self.switch["adapters"], name
+    def adapters(self, name: str | None, frozen: nn.Module | None = None):
+        """Within it these adapters are in force, on the frozen copy where one is given."""
+        before = self.model, self.switch["adapters"]
+        self.model, self.switch["adapters"] = frozen or self.model, name
         try:
             yield
         finally:
-            self.switch["adapters"] = before
+            self.model, self.switch["adapters"] = before
 
     @contextmanager
     def reference(self):
@@ -628,8 +635,9 @@ class Policy:
     def trainable(self, part: str = "") -> dict[str, nn.Parameter]:
         """What the optimiser moves and a checkpoint holds. part: "policy" or "critic" alone."""
         named = dict(self.model.named_parameters())
-        if self.critic:
-            named |= {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
+        for prefix, module in (("frozen", self.frozen), ("value_head", self.value_head)):
+            if module is not None:  # of the frozen copy the critic's adapters are trained
+                named |= {f"{prefix}.{name}": p for name, p in module.named_parameters()}
         found = {}
         for name, p in named.items():
             owner = "policy"

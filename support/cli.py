@@ -153,8 +153,8 @@ def of_algorithm(config: Config):
         yield (
             "--dynamic filters groups, and --advantage gae compares with a critic: leave one out"
         )
-    if gae and config.critic == "lora" and config.full:
-        yield "--critic lora needs a frozen base: not with --full; use --critic head"
+    if gae and config.critic == "lora" and config.lora < 1:
+        yield "--critic lora has adapters: --lora is their rank, with --full too; or --critic head"
 
 
 def of_numbers(config: Config):

@@ -185,7 +185,8 @@ RECIPES = {
             # for adapters.
             lr=1e-5,
             value_lr=9e-5,
-            # Our choice: OpenRLHF has a separate full critic (docs/algorithms.md, on memory).
+            # Our choice: OpenRLHF trains all weights of a second model as the critic. Adapters take
+            # its place; with --full they stand on the frozen reference (docs/algorithms.md).
             critic="lora",
             critic_warmup=2,
             # Our choice.

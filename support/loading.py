@@ -130,7 +130,7 @@ def halve_linear_layers(model: nn.Module) -> None:
 
 
 def frozen_copy(model: nn.Module, half: bool, shares_tower: bool) -> nn.Module:
-    """The reference of a policy all of whose weights are trained.
+    """The reference of a policy all of whose weights are trained, and the base of its critic.
 
     half: its linear layers in bf16, where products are in bf16 anyway. shares_tower: the vision
     tower is never trained, so one is enough.
@@ -167,11 +167,12 @@ def cache_argument(model) -> str:
     return "past_key_values" if "past_key_values" in known else "cache"
 
 
-def enable_checkpointing(model, context_fn) -> None:
+def enable_checkpointing(models, context_fn) -> None:
     """Recompute activations in the backward pass, under what `context_fn` returns."""
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    enable = enable or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "context_fn": context_fn})
+    for model in filter(None, models):
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": context_fn})
 
 
 def model_size(name_or_path: str, rank: int) -> tuple[int, int]:

@@ -216,6 +216,7 @@ def new_policy(config: Config, run: Path, device: str, init: dict | None) -> Pol
         checkpointing=config.checkpointing,
         keep_reference=config.kl_coef > 0 and config.algo != "sft",
         critic=config.critic if config.advantage == "gae" else "",
+        critic_rank=config.lora,
         init=init,
         **policy_settings(asdict(config)),
     )

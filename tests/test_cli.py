@@ -34,7 +34,7 @@ MISTAKES = [
     ("--kl k1", "no gradient"),
     ("--algo ppo --kl k3", "k1"),
     ("--algo ppo --dynamic", "critic"),
-    ("--algo ppo --full --critic lora", "--critic head"),
+    ("--algo ppo --full --critic lora --lora 0", "--critic head"),
     # data and model
     ("--dataset nothing", "demo, demo-images, medqa"),
     ("--dataset nope.jsonl", "no data set named 'nope.jsonl'"),

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training import CONFIG, QUICK, adapted, made_up, read, rows, run, shaken
+from training import CONFIG, QUICK, adapted, made_up, read, rows, run, shaken, weights_of
 
 import data
 import train
 from benchmarks.one_step import OneStep, update
-from policy import Batch, collate
+from policy import Batch, Policy, collate
+from support import runs
 from support.config import Config
 from support.demo_model import demo_policy
 
@@ -57,21 +58,37 @@ def test_ppo_signal_by_brute_force(has_reference):
 
 
 # ------------------------------------------------------------------------------------ the critic
+def critic_on_the_copy(**kwargs) -> Policy:
+    """All weights of the demo's random model are trained; the critic adapts the frozen copy."""
+    made = demo_policy(0)
+    return Policy(made.model, made.tokenizer, lora=0, critic="lora", critic_rank=4, **kwargs)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_critic_adapters_get_their_own_gradient(checkpointing, items):
+@pytest.mark.parametrize("full", [False, True])
+def test_critic_adapters_get_their_own_gradient(full, checkpointing, items):
     """With checkpointing the layers run again in the backward pass, after the switch has gone back.
 
     The critic's gradient must be the same as without it.
     """
-    policy = shaken(adapted(critic="lora", checkpointing=checkpointing))
+    if full:
+        policy = shaken(critic_on_the_copy(checkpointing=checkpointing))
+    else:
+        policy = shaken(adapted(critic="lora", checkpointing=checkpointing))
     batch = collate(made_up(policy, items[:2], [[4, 2], [3, 5]]))
+    passes = []
+    inside = (policy.frozen or policy.model).get_decoder().layers[0].mlp
+    hook = inside.register_forward_pre_hook(lambda *_: passes.append(policy.switch["adapters"]))
     scores = policy.score(batch)
     (scores.values.square().sum() + scores.logps.sum()).backward()
+    hook.remove()
+    assert passes.count("critic") == 1 + checkpointing
     of_value = {name: p.grad.clone() for name, p in policy.trainable().items()}
     of_critic = policy.trainable("critic")
     assert all(of_value[name].norm() > 0 for name in of_critic)
     assert set(of_critic) | set(policy.trainable("policy")) == set(of_value)
-    with policy.adapters("critic"):  # by hand: the same without any switching in between
+    # By hand: the same without any switching in between.
+    with policy.adapters("critic", policy.frozen):
         for p in policy.trainable().values():
             p.grad = None
         expected = policy.score(batch).values
@@ -79,6 +96,33 @@ def test_critic_adapters_get_their_own_gradient(checkpointing, items):
     torch.testing.assert_close(scores.values, expected, rtol=0, atol=1e-5)
     for name, p in of_critic.items():
         torch.testing.assert_close(of_value[name], p.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_on_the_frozen_copy_critic_and_reference_leave_each_other_alone(items):
+    """Adapters on: the critic; off: the reference, bit for bit, whatever the two others learn."""
+    first = shaken(critic_on_the_copy())
+    begun = {name: p.detach().clone() for name, p in first.trainable().items()}
+    policy = critic_on_the_copy(init=begun)
+    batch = collate(made_up(policy, items[:2], [[4, 2], [3, 5]]))
+    expected = policy.score(batch).logps.detach()
+    assert torch.equal(expected, first.score(batch).logps)  # it begins at the other run's policy
+    assert policy.score(batch).values.count_nonzero() == 0  # and with a critic of its own
+    shaken(policy)
+    with policy.reference(), torch.no_grad():
+        assert torch.equal(policy.score(batch, values_too=False).logps, expected)
+    scores = policy.score(batch)
+    assert not torch.equal(scores.logps, expected) and scores.values.all(-1).any()
+
+    of_policy, of_critic = (policy.trainable(part).values() for part in ("policy", "critic"))
+    scores.values.sum().backward(retain_graph=True)
+    assert all(p.grad is None for p in of_policy) and all(p.grad.norm() > 0 for p in of_critic)
+    of_value = [p.grad.clone() for p in of_critic]
+    scores.logps.sum().backward()
+    assert all(p.grad is not None for p in of_policy)
+    assert all(torch.equal(p.grad, before) for p, before in zip(of_critic, of_value))
+    trained = [*of_policy, *of_critic]
+    others = [p for p in policy.frozen.parameters() if not any(p is mine for mine in trained)]
+    assert others and all(p.grad is None for p in others)
 
 
 def test_value_head_reads_the_policy_and_never_moves_it(items):
@@ -152,9 +196,10 @@ def test_only_the_critic_moves_in_its_warm_up(critic):
 PARTS = ("policy.safetensors", "optimizer.safetensors")
 
 
-def test_a_resumed_ppo_run_is_the_same_run(tmp_path):
+@pytest.mark.parametrize("weights", ["--no-full", "--full"])
+def test_a_resumed_ppo_run_is_the_same_run(weights, tmp_path):
     demo_policy(0).save_folder(tmp_path / "model")
-    flags = "--algo ppo --kl-coef 0.01 --no-full --lora 4 --critic lora --samples 2".split()
+    flags = f"--algo ppo --kl-coef 0.01 {weights} --lora 4 --critic lora --samples 2".split()
     flags += ["--critic-warmup", "1", *QUICK]
     whole = run(tmp_path / "model", tmp_path / "whole", *flags, "--steps", "4")
     half = run(tmp_path / "model", tmp_path / "half", *flags, "--steps", "2")
@@ -171,6 +216,12 @@ def test_a_resumed_ppo_run_is_the_same_run(tmp_path):
     for line in metrics:
         figures = [x for x in line.values() if isinstance(x, float)]
         assert torch.tensor(figures).isfinite().all()
+    saved, (opened, _) = weights_of(whole), runs.open_policy(str(whole), "cpu")
+    assert all(torch.equal(p, saved.pop(name)) for name, p in opened.trainable().items())
+    prefix = "frozen.model.layers." if weights == "--full" else "model.layers."
+    of_critic = {name for name in saved if not name.startswith("value_head.")}  # what is left
+    assert of_critic and all(name.startswith(prefix) for name in of_critic)
+    assert all(name.endswith(".critic") and saved[name].any() for name in of_critic)
 
 
 def last_stages(out, name: str) -> float:
@@ -194,6 +245,18 @@ def test_the_hackable_demo_drifts_into_stage_five_unless_guarded(flags, share, t
     assert metrics[0]["stages"][exploit] > 0.2
     alarms = [text for line in metrics for text in line.get("alarms", [])]
     assert any(exploit in text for text in alarms) == (not flags)
+
+
+@pytest.mark.slow
+def test_all_weights_learn_by_ppo_with_a_critic_on_the_frozen_copy(tmp_path):
+    """The demo at a tenth of its rate, since all weights are trained; no KL: the copy is kept."""
+    out = tmp_path / "run"
+    flags = "--algo ppo --full --critic lora --lr 3e-4 --steps 60 --eval-every 0 --eval-samples 0"
+    train.main([*flags.split(), "--out", str(out)])
+    result = read(out / "eval.json")
+    assert result["after"]["accuracy"] > result["before"]["accuracy"] + 0.2
+    metrics = rows(out / "metrics.jsonl")
+    assert max(line["explained_variance"] for line in metrics) > 0.3
 
 
 @pytest.mark.slow

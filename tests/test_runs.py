@@ -126,7 +126,10 @@ def test_adapters_that_start_from_others_keep_a_frozen_copy_as_reference(items):
 ADAPTERS = "--no-full --lora 4 --lr 0.05".split()
 
 
-@pytest.mark.parametrize("flags", [ADAPTERS, ["--full"]])
+CRITIC = "--full --algo ppo --critic lora --lora 4".split()
+
+
+@pytest.mark.parametrize("flags", [ADAPTERS, ["--full"], CRITIC])
 def test_an_export_is_a_plain_model_that_writes_the_same(flags, model_dir, tmp_path):
     out, exported = run(model_dir, tmp_path / "run", *flags, "--steps", "3"), tmp_path / "export"
     before = artefacts(out)
@@ -142,7 +145,8 @@ def test_an_export_is_a_plain_model_that_writes_the_same(flags, model_dir, tmp_p
         assert ids[0].tolist() == rollout.prompt_ids
         written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
         assert written.tolist()[: len(rollout.completion_ids)] == rollout.completion_ids
-    assert "trained by grpo" in (exported / "README.md").read_text()
+    algo = "ppo" if flags == CRITIC else "grpo"
+    assert f"trained by {algo}" in (exported / "README.md").read_text()
 
 
 def test_an_export_that_cannot_be_written_is_said(model_dir, tmp_path):
