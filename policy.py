@@ -87,10 +87,10 @@ class Batch:
                 taken[name] = x[which]
         return Batch(**taken)
 
-    def shuffled(self, n: int, seed: int) -> list["Batch"]:
-        """n minibatches, at most one a prompt, of prompts in an order drawn from the seed."""
-        P, generator = len(self.mask), torch.Generator().manual_seed(seed)
-        parts = torch.randperm(P, generator=generator).tensor_split(max(1, min(n, P)))
+    def minibatches(self, n: int) -> list["Batch"]:
+        """n of them, at most one a prompt; a step's prompts come in a drawn order already."""
+        P = len(self.mask)
+        parts = torch.arange(P).tensor_split(max(1, min(n, P)))
         return [self.take(which) for which in parts if len(which)]
 
     def split(self, size: int, prompts: range | None = None) -> list["Batch"]:

@@ -82,9 +82,8 @@ def train(  # noqa: C901, PLR0912, PLR0915 (the whole algorithm in sight)
             batch.advantages = of_row[:, :, None].expand(batch.mask.shape)  # of every token alike
 
         # 5. Update: one optimiser step per minibatch; micro-batches are parts of its sum.
-        for epoch in range(config.epochs):
-            order = fold(config.seed, step, "order", epoch)
-            for minibatch in batch.shuffled(config.minibatches, order):
+        for _ in range(config.epochs):
+            for minibatch in batch.minibatches(config.minibatches):
                 weights = grpo.token_weights(minibatch.mask.sum(2), config.weights, config.max_new)
                 minibatch.token_weights = weights  # [P, G], over all rows of the optimiser step
                 stats = Stats()
@@ -206,17 +205,24 @@ def refill(
 def score(
     policy: Policy, batch: Batch, config: Config, values_too: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs and, where there is a critic, its values, of all completions. -> [P, G, T] x 2"""
+    """Log-probs and, where there is a critic, its values, of all completions. -> [P, G, T] x 2
+
+    In the very micro-batches of the loss: in bf16 other rows beside it, or more padding, change a
+    row's rounding, and the ratio pi / pi_old would show it before any weight has moved.
+    """
     found = torch.zeros(2, *batch.mask.shape, device=policy.device)
-    mine = distributed.share(len(batch.mask))
-    first = mine.start
-    for part in batch.split(config.micro_batch, mine):
-        scores = policy.score(part, config.temperature, values_too)
-        rows = slice(first, first + len(part.mask))
-        for kind, x in enumerate((scores.logps, scores.values)):
-            if x is not None:
-                found[kind, rows, :, : x.shape[2]] = x
-        first += len(part.mask)
+    begin = 0  # the minibatch's first prompt
+    for minibatch in batch.minibatches(config.minibatches):
+        mine = distributed.share(len(minibatch.mask))
+        first = begin + mine.start
+        for part in minibatch.split(config.micro_batch, mine):
+            scores = policy.score(part, config.temperature, values_too)
+            rows = slice(first, first + len(part.mask))
+            for kind, x in enumerate((scores.logps, scores.values)):
+                if x is not None:
+                    found[kind, rows, :, : x.shape[2]] = x
+            first += len(part.mask)
+        begin += len(minibatch.mask)
     if distributed.world > 1:
         distributed.add_up(found)
     return found[0], found[1] if policy.critic else None

@@ -112,6 +112,26 @@ def test_micro_batches_and_order_cannot_change_the_gradient(algo, model_dir):
         assert values == pytest.approx(metrics[0], abs=1e-5)
 
 
+def test_old_logps_are_scored_in_the_micro_batches_of_the_loss(model_dir, monkeypatch):
+    """In bf16 other rows beside it, or more padding, change a row's rounding, and with it rho."""
+    config = replace(CONFIG, prompts=5, epochs=2, minibatches=2, micro_batch=2)
+    policy = Policy.load(model_dir, lora=0)
+    rollouts = rollouts_for(policy, config)
+    score, seen = policy.score, {False: [], True: []}
+
+    def recorded(batch, *args):
+        seen[torch.is_grad_enabled()].append((batch.prompt_ids.tolist(), batch.mask.tolist()))
+        return score(batch, *args)
+
+    monkeypatch.setattr(policy, "score", recorded)
+    optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
+    metrics = update(policy, optimizer, rollouts, config)
+    assert seen[True] == 2 * seen[False]
+    assert [len(mask) for _, mask in seen[False]] == [2, 1, 2]
+    assert len({len(prompts[0]) for prompts, _ in seen[False]}) > 1  # padding differs, and is equal
+    assert metrics["max_ratio"] == 1  # not up to rounding
+
+
 def test_shuffled_rollouts_have_the_same_advantages(model_dir):
     policy = Policy.load(model_dir, lora=0)
     rollouts = rollouts_for(policy, CONFIG)
