@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from support import demo_task, image_sets, jsonl, pictures, text_sets
+from support import demo_task, image_sets, jsonl, parquet_sets, pictures, text_sets
 from support.errors import UsageError
 from support.knowledge import texts
 from support.text import LETTERS, WORDS, flat
@@ -38,8 +38,8 @@ class Item:
     question: str
     options: tuple[str, ...]
     answer: str | tuple
-    # None, or one source or a tuple of them: a path, uint8 array [H, W] or [H, W, 3], Pillow image,
-    # or pictures.Crop
+    # None, or one source or a tuple of them: a path, the bytes of a file, uint8 array [H, W] or
+    # [H, W, 3], Pillow image, or pictures.Crop
     image: object = None
     # (w, h, W, H): boxes in prompt and completion refer to w x h pixels, which stand for the
     # W x H of the original image
@@ -106,13 +106,14 @@ class Source:
 
     # (split, data_dir, task) -> dictionaries with the keywords of Item
     rows: Callable[[str, str | None, str], list[dict]]
+    licence: str  # of the items; a set whose licence is not known is not offered
     tasks: tuple[str, ...] = ("choice",)  # those of its items; the first unless --task says another
     splits: tuple[str, ...] = SPLITS
     instruction: str = INSTRUCTION
     # Fields of Config. Flags beat these, and these beat the algorithm's row.
     defaults: dict = field(default_factory=dict)
     by_hand: str = ""  # how to get a set that is not downloaded by itself
-    about: str = ""  # where it comes from and its licence, for `python data.py`
+    about: str = ""  # what it is and where it comes from, for `python data.py`
 
 
 # Learning rates are for adapters unless said otherwise.
@@ -131,30 +132,31 @@ IMAGES = {
 
 
 def medqa(name: str, options: str) -> Source:
-    about = f"MedQA-USMLE, {options} options (arXiv 2009.13081), MIT"
-    return Source(partial(text_sets.medqa_rows, name), defaults=MEDQA, about=about)
+    about = f"MedQA-USMLE, {options} options (arXiv 2009.13081)"
+    return Source(partial(text_sets.medqa_rows, name), "MIT", defaults=MEDQA, about=about)
 
 
 def bccd(target: str, tasks: tuple[str, ...] = ("localize",)) -> Source:
     """Boxes around the cells of one kind."""
     url = "https://github.com/Shenggan/BCCD_Dataset"
     by_hand = f"git clone {url}, then give --data-dir BCCD_Dataset"
-    about = f"blood smears with boxes of {target} ({url}), MIT"
+    about = f"blood smears with boxes of {target} ({url})"
     rows = partial(image_sets.bccd_rows, target)
-    return Source(rows, tasks, defaults=IMAGES, by_hand=by_hand, about=about)
+    return Source(rows, "MIT", tasks, defaults=IMAGES, by_hand=by_hand, about=about)
 
 
 def medmnist(name: str) -> Source:
     one = image_sets.MEDMNIST[name.partition("-")[0]]
-    about = f"{one.picture} (MedMNIST v2, arXiv 2110.14795), {one.licence}"
+    about = f"{one.picture} (MedMNIST v2, arXiv 2110.14795)"
     rows = partial(image_sets.medmnist_rows, name)
-    return Source(rows, (one.task,), defaults=IMAGES, about=about)
+    return Source(rows, one.licence, (one.task,), defaults=IMAGES, about=about)
 
 
 LOADERS = {
-    "demo": Source(demo_task.demo_rows, defaults=DEMO, about="vignettes made in code"),
+    "demo": Source(demo_task.demo_rows, "MIT", defaults=DEMO, about="vignettes made in code"),
     "demo-images": Source(
         demo_task.lesion_rows,
+        "MIT",
         tasks=("classify", "grade", "localize"),
         defaults=DEMO_IMAGES,
         about="lesions drawn in code",
@@ -162,9 +164,30 @@ LOADERS = {
     "medqa": medqa("medqa", "five"),
     "medqa-4": medqa("medqa-4", "four"),
     "mmlu-pro-health": Source(
-        text_sets.mmlu_pro_rows,
+        parquet_sets.mmlu_pro_rows,
+        "MIT",
         splits=("test",),
-        about="MMLU-Pro's health questions (arXiv 2406.01574), MIT",
+        about="MMLU-Pro's 818 health questions (arXiv 2406.01574)",
+    ),
+    "medmcqa": Source(
+        parquet_sets.medmcqa_rows,
+        "Apache-2.0",
+        defaults=MEDQA,
+        about="182,822 + 4,183 questions of Indian entrance exams (arXiv 2203.14371)",
+    ),
+    "pubmedqa": Source(
+        parquet_sets.pubmedqa_rows,
+        "MIT",
+        tasks=("classify",),
+        defaults=MEDQA,
+        about="1,000 questions on abstracts: yes, no, maybe (arXiv 1909.06146)",
+    ),
+    "vqa-rad": Source(
+        parquet_sets.vqa_rad_rows,
+        "CC0-1.0",
+        tasks=("classify",),
+        defaults=IMAGES,
+        about="radiology, the yes or no ones of 2,244 questions (doi 10.1038/sdata.2018.251)",
     ),
     "bccd": bccd("WBC", tasks=("localize", "classify")),
     "bccd-rbc": bccd("RBC"),
@@ -201,7 +224,8 @@ def own(dataset: str) -> Source:
             f"there are {OFFERED}, or give the path of a JSONL file"
         )
     # Without --task the first of these: each line is of the task for which it has an answer.
-    return Source(partial(own_rows, path), tasks=("", "choice", "classify", "grade", "localize"))
+    tasks = ("", "choice", "classify", "grade", "localize")
+    return Source(partial(own_rows, path), "your own", tasks)
 
 
 def load(
@@ -408,4 +432,4 @@ def completion(item: Item, style: str = "think") -> str:
 if __name__ == "__main__":
     for name in (*DATASETS, *image_sets.MEDMNIST):
         source = LOADERS[name]
-        print(f"{name:16} {', '.join(source.tasks):25} {source.about}")
+        print(f"{name:16} {', '.join(source.tasks):25} {source.licence:12} {source.about}")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from data import Item
 from policy import Policy, collate
-from support import checkpoints, hub, image_sets, loading, pictures
+from support import checkpoints, hub, image_sets, loading, parquet_sets, pictures
 from support.config import Config
 from support.distributed import say
 from support.errors import UsageError
@@ -84,6 +84,10 @@ def not_here(config: Config) -> dict[str, str]:
     if dataset in ("medqa", "medqa-4"):
         if not hub.cached("bigbio/med_qa", "data_clean.zip", "dataset"):
             found["MedQA (132 MB)"] = "--data-dir DIR with bigbio/med_qa's data_clean.zip unpacked"
+    elif dataset in parquet_sets.HUB and not parquet_sets.cached(dataset):
+        repo, files = parquet_sets.HUB[dataset]
+        names = " and ".join(sorted(set(files.values())))
+        found[f"{dataset}'s files"] = f"--data-dir DIR with {repo}'s {names}"
     elif dataset in image_sets.NAMES and not image_sets.medmnist_cached(dataset):
         found[f"{dataset}'s file"] = f"--data-dir DIR with the .npz of {dataset}"
     return found

@@ -1,11 +1,13 @@
 """Pictures opened safely: the RGB pixels that a viewer would show, or one line on what is wrong.
 
-A source is a path, a Pillow image, a uint8 array [H, W] or [H, W, 3], or a `Crop` of a file. Every
-picture of the project is opened by `open_image`, so training and evaluation see the same pixels.
+A source is a path, the bytes of a file, a Pillow image, a uint8 array [H, W] or [H, W, 3], or a
+`Crop` of a file. Every picture of the project is opened by `open_image`, so training and evaluation
+see the same pixels.
 """
 
 import functools
 import hashlib
+import io
 import os
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -66,13 +68,13 @@ def opened(source, where: str = ""):
                 yield image
     except Exception as error:
         name = "a picture in memory"
-        if not isinstance(path, (Image.Image, np.ndarray)):
+        if not isinstance(path, (Image.Image, np.ndarray, bytes)):
             name = repr(str(path)).strip("'")  # one line, even with a line break in the name
         raise UsageError(f"{where + ': ' if where else ''}{name} {reason(error, path)}") from None
 
 
 def as_image(path):
-    """A context with the Pillow image of a path, array or Pillow image."""
+    """A context with the Pillow image of any source but a Crop."""
     if isinstance(path, np.ndarray):
         colours = path.shape[2:] in ((), (3,))
         if path.dtype != np.uint8 or path.ndim not in (2, 3) or not colours:
@@ -81,7 +83,8 @@ def as_image(path):
         path = Image.fromarray(path)
     if isinstance(path, Image.Image):
         return nullcontext(path)  # the caller's own stays open
-    return Image.open(path, formats=FORMATS)
+    file = io.BytesIO(path) if isinstance(path, bytes) else path
+    return Image.open(file, formats=FORMATS)
 
 
 def check_header(image: Image.Image) -> None:
@@ -112,7 +115,7 @@ def reason(error: Exception, path) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return TOO_LARGE
     if isinstance(error, UnidentifiedImageError):
-        if os.path.getsize(path) == 0:
+        if (len(path) if isinstance(path, bytes) else os.path.getsize(path)) == 0:
             return "is an empty file"
         return f"is no image of the kinds {', '.join(FORMATS)} (DICOM: export it to PNG first)"
     # Pillow lets out SyntaxError, struct.error and a dozen more, by format.
@@ -186,13 +189,13 @@ def pixel_hash(source) -> str:
     """The same for two pictures that a model cannot tell apart, whatever their files."""
     if isinstance(source, Crop):
         return _hash_of_file(source)
-    if isinstance(source, (str, Path)):
-        return _hash_of_file(str(source))
+    if isinstance(source, (str, Path, bytes)):
+        return _hash_of_file(source if isinstance(source, bytes) else str(source))
     image = open_image(source)
     size = f"{image.width} x {image.height} "
     return hashlib.sha256(size.encode() + image.tobytes()).hexdigest()
 
 
 @functools.cache
-def _hash_of_file(source: str | Crop) -> str:
+def _hash_of_file(source: str | bytes | Crop) -> str:
     return pixel_hash(open_image(source))

@@ -50,6 +50,7 @@ def test_every_row_of_the_table_is_whole():
         assert source.tasks and set(source.tasks) <= set(data.WANTED), name
         assert source.splits and set(source.splits) <= set(data.SPLITS), name
         assert source.about and "\n" not in source.about, name
+        assert source.licence.strip(), name
     assert {"bccd", "bccd-rbc", "bccd-platelets", *image_sets.NAMES} <= set(data.LOADERS)
 
 
@@ -57,12 +58,14 @@ def test_a_new_data_set_is_a_row(monkeypatch):
     def rows(split, data_dir, task):
         return [{"id": split, "task": task, "question": "?", "options": ("a", "b"), "answer": "A"}]
 
-    source = data.Source(rows, splits=("train", "test"), instruction="Reply.", about="mine")
+    source = data.Source(rows, "CC0-1.0", splits=("train", "test"), instruction="Reply.")
     monkeypatch.setitem(data.LOADERS, "new", source)
     [item] = data.load("new", "train")
     assert (item.id, item.task) == ("train", "choice")
     assert data.messages(item, "direct")[0]["content"].startswith("Reply. Give only the letter")
     refused(lambda: data.load("new", "dev"), "new", "its split is train, test")
+    with pytest.raises(TypeError, match="licence"):
+        data.Source(rows)
 
 
 def test_the_table_can_be_read_by_a_user():

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -343,28 +342,3 @@ def test_rotation_moves_the_gold_along():
         turned = data.rotate_options(item, by)
         assert turned.options["ABCDE".index(turned.answer)] == gold
         assert turned.options[0] == item.options[by % 5]
-
-
-def test_mmlu_pro_health(medqa_dir):
-    pytest.importorskip("pyarrow")
-    items = data.load("mmlu-pro-health", "test", medqa_dir)
-    assert len(items) == 100
-    assert all(3 <= len(item.options) <= 10 for item in items)
-    assert all(item.answer in "ABCDEFGHIJ"[: len(item.options)] for item in items)
-    with pytest.raises(UsageError, match="test"):
-        data.load("mmlu-pro-health", "train", medqa_dir)
-    with pytest.raises(UsageError, match="not there|is there"):
-        data.load("mmlu-pro-health", "test", "/nowhere")
-
-
-def test_parquet_without_pyarrow_and_a_damaged_file(tmp_path, monkeypatch):
-    pytest.importorskip("pyarrow")
-    path = tmp_path / "MMLU-Pro/data/test-00000-of-00001.parquet"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"PAR1 no")
-    with pytest.raises(UsageError, match="not the parquet"):
-        data.load("mmlu-pro-health", "test", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UsageError, match="pip install pyarrow"):
-        data.load("mmlu-pro-health", "test", str(tmp_path))

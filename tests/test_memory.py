@@ -354,6 +354,13 @@ def test_medqa_offline_says_both_ways_on(monkeypatch, tmp_path):
     assert "--model DIR" in str(error.value) and "--data-dir DIR" in str(error.value)
 
 
+def test_a_set_of_parquet_files_that_is_not_here_is_named(monkeypatch):
+    monkeypatch.setattr(hub, "cached", lambda repo, name, kind: False)
+    found = memory.not_here(replace(CONFIG, dataset="vqa-rad", model="."))
+    assert list(found) == ["vqa-rad's files"]
+    assert "flaviagiammarino/vqa-rad's data/test-" in found["vqa-rad's files"]
+
+
 def test_a_large_model_without_a_gpu_is_refused_before_anything_is_fetched(
     monkeypatch, tmp_path, medqa_dir
 ):

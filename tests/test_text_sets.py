@@ -1,15 +1,13 @@
-"""MedQA and MMLU-Pro: their layouts, in a folder and on the hub."""
+"""MedQA: its layouts, in a folder and on the hub."""
 
 import json
-import sys
 import zipfile
 
-import pytest
 from helpers import refused
 
 import data
 from support import hub
-from support.text_sets import medqa_rows, mmlu_pro_rows
+from support.text_sets import medqa_rows
 
 OPTIONS = {"A": "one", "B": "two", "C": "three"}
 ROW = {"question": "Q?", "options": OPTIONS, "answer": "two", "answer_idx": "B"}
@@ -43,55 +41,8 @@ def test_medqa_from_the_hub_archive_without_unpacking(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["data_clean.zip"]
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_a_file_that_is_not_there(tmp_path):
     refused(lambda: medqa_rows("medqa", "test", "/nowhere"), "/nowhere/data_clean", "--data-dir")
-    refused(lambda: mmlu_pro_rows("test", str(tmp_path)), f"neither {tmp_path}/MMLU-Pro/data")
-
-
-def test_a_file_that_is_no_parquet(tmp_path):
-    path = tmp_path / "data/test-00000-of-00001.parquet"
-    path.parent.mkdir()
-    path.write_text("hello")
-    refused(lambda: mmlu_pro_rows("test", str(tmp_path)), str(path), "not the parquet file")
-
-
-def test_only_the_health_questions_of_mmlu_pro(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    columns = {
-        "question_id": [3, 4, 5],
-        "question": ["Law?", "Health?", "Too?"],
-        "options": [["a", "b"], ["a", "b", "c"], ["a", "b"]],
-        "answer": ["A", "C", "B"],
-        "category": ["law", "health", "health"],
-    }
-    folder = tmp_path / "MMLU-Pro/data"
-    folder.mkdir(parents=True)
-    parquet.write_table(pyarrow.table(columns), folder / "test-00000-of-00001.parquet")
-    rows = mmlu_pro_rows("test", str(tmp_path))
-    found = [(row["id"], row["question"], row["options"], row["answer"]) for row in rows]
-    assert found == [
-        ("mmlu-pro-4", "Health?", ("a", "b", "c"), "C"),
-        ("mmlu-pro-5", "Too?", ("a", "b"), "B"),
-    ]
-    refused(lambda: data.load("mmlu-pro-health", "train"), "evaluation only", "its split is test")
-
-
-def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
-    path = tmp_path / "data/test-00000-of-00001.parquet"
-    path.parent.mkdir()
-    path.write_bytes(b"PAR1")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    refused(lambda: mmlu_pro_rows("test", str(tmp_path)), "pip install pyarrow")
-
-
-def test_real_mmlu_pro(medqa_dir):
-    pytest.importorskip("pyarrow")
-    items = data.load("mmlu-pro-health", "test", medqa_dir)
-    assert len(items) == 100
-    assert all(3 <= len(item.options) <= 10 for item in items)
-    assert all(item.answer in "ABCDEFGHIJ"[: len(item.options)] for item in items)
 
 
 def test_real_medqa(medqa_dir):
