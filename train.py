@@ -24,7 +24,7 @@ import grpo
 import rewards
 from grpo import ALGOS
 from policy import Batch, Policy, Rollout, collate
-from support import cli, distributed, loading, memory, report, runs
+from support import cli, distributed, loading, memory, pass_rates, report, runs
 from support.config import RECIPES, Config
 from support.demo_model import first_policy
 from support.distributed import say
@@ -358,6 +358,7 @@ def main_run(given: dict, resume: Path | None, export: str = "", dry_run: bool =
         splits[name] = evaluation.fitting(policy, items, config, f"{name}: ")
     config = memory.chosen_sizes(policy, splits["train"], config, facts)
     if dry_run:
+        first_look(policy, splits["train"], config)
         if distributed.rank == 0:
             print(f"dry run: {len(splits['train'])} items to train on; nothing was written")
         return
@@ -414,6 +415,27 @@ def train_within_memory(
             runs.write_json(run / "run.json", facts)
             policy = runs.new_policy(config, run, facts["machine"]["device"], init)
             config = memory.chosen_sizes(policy, splits["train"], config, facts)
+
+
+def first_look(policy: Policy, items: list, config: Config) -> None:
+    """Can this learn? Say what G completions of each of 32 questions would teach.
+
+    With one completion an item, as PPO may have it, 8 are sampled.
+    """
+    if config.algo == "sft" or (config.model in runs.MADE_HERE and not config.init):
+        return  # nobody samples, or the model has not had its warm start
+    questions = data.batch_for_step(items, 0, min(32, len(items)), config.seed)
+    rollouts = evaluation.answer(
+        policy,
+        questions,
+        config,
+        n=config.samples if config.samples > 1 else 8,
+        temperature=config.temperature,
+        seed=fold(config.seed, "first look"),
+        label="first look",
+    )
+    for line in pass_rates.told(rollouts, config):
+        say(line)
 
 
 def look_at_test(when: str, policy: Policy, items: list, config: Config, results: dict) -> None:

@@ -18,6 +18,7 @@ from support.checkpoints import restore, save_checkpoint, writing
 from support.distributed import say
 from support.errors import UsageError
 from support.metrics import Stats, over_steps
+from support.pass_rates import told
 
 NON_FINITE = 5  # steps in a row without a finite update after which a run is stopped
 
@@ -93,8 +94,11 @@ class Log:
         self.history.append(metrics)
         if found := alarms(self.history):
             metrics["alarms"] = found
-        # Demonstrations are all right: equal rewards are no trouble there.
-        trouble = [] if config.algo == "sft" else troubles(self.history)
+        trouble = []
+        if config.algo != "sft":  # demonstrations are all right: equal rewards are no trouble there
+            trouble += troubles(self.history)
+            if self.rollouts and self.step == 0:
+                trouble += told(self.rollouts, config)
         for message in (*trouble, *(f"ALARM: {text}" for text in found)):
             say(f"step {self.step + 1}: {message}")
         shown = self.rollouts[: config.log_groups * config.samples]

@@ -22,7 +22,7 @@ class Progress:
         self.label, self.total, self.unit = label, total, unit
         self.first, self.done, self.gave = done, done, ""
         self.began, self.over = time.monotonic(), threading.Event()
-        self.shown = bool(label) and distributed.rank() == 0
+        self.shown = bool(label) and distributed.rank == 0
         disable = None if self.shown else True  # None: only where there is no terminal
         self.bar = tqdm(
             total=total, initial=done, desc=label, unit=unit, leave=False, disable=disable

@@ -55,11 +55,14 @@ def test_steps_that_are_never_finite_end_the_run_with_a_checkpoint(
 
 def test_equal_rewards_are_no_trouble_while_demonstrations_are_taught(model_dir, tmp_path, capsys):
     run(model_dir, tmp_path / "sft", *"--algo sft --samples 1 --steps 5".split())
-    assert "nothing is learned" not in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "nothing is learned" not in shown and "can this learn?" not in shown
 
 
-def test_a_logged_rollout_has_a_piece_and_a_log_prob_of_each_token(model_dir, tmp_path):
+def test_a_logged_rollout_has_a_piece_and_a_log_prob_of_each_token(model_dir, tmp_path, capsys):
     out = run(model_dir, tmp_path / "run", *"--steps 2 --log-groups 3 --advantage others".split())
+    # Said of the first step, and of no other.
+    assert capsys.readouterr().err.count("can this learn? 4 questions of train, 4 completions") == 1
     lines = rows(out / "rollouts.jsonl")
     assert len(lines) == 2 * 3 * 4
     for line in lines:

@@ -57,7 +57,7 @@ def test_nothing_is_said_without_a_label_or_by_another_process(monkeypatch):
     before = threading.active_count()
     with Progress("", 3):
         assert threading.active_count() == before
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", 1)
     with Progress("dev", 3):
         assert threading.active_count() == before
 
