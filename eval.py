@@ -12,14 +12,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 import data
 import rewards
 from data import Item
 from policy import Policy, Rollout
 from support import distributed, eval_cli, loading, probes, runs, sheet, statistics
 from support.errors import UsageError
+from support.progress import Progress
 
 
 # ------------------------------------------------------------------------------------- answering
@@ -60,22 +59,17 @@ def answer(
     """
     asked, rollouts = replace(config, samples=n, temperature=temperature), []
     at_once = max(1, min(rows, policy.sample_rows) // n) * distributed.world  # items
-    with progress(len(items), label) as bar:
+    with Progress(label, len(items)) as progress:
         for first in range(0, len(items), at_once):
             part = items[first : first + at_once]
-            for rollout in sample(policy, part, asked, seed, first):
+            of_part = sample(policy, part, asked, seed, first)
+            rewards.grade_all(of_part, config)
+            for rollout in of_part:
                 rollout.pictures = None
-                rollouts.append(rollout)
-            bar.update(len(part))
-    rewards.grade_all(rollouts, config)
+            rollouts += of_part
+            right = sum(rollout.correct for rollout in rollouts)
+            progress.update(len(part), f"{right} of {len(rollouts)} right")
     return rollouts
-
-
-def progress(total: int, label: str) -> tqdm:
-    """A bar on the first process's terminal, none without a label."""
-    shown = label and distributed.rank == 0
-    disable = None if shown else True  # None: only where there is no terminal
-    return tqdm(total=total, desc=label, unit="item", leave=False, disable=disable)
 
 
 def fitting(policy: Policy, items: list[Item], config, what: str = "") -> list[Item]:
@@ -225,10 +219,10 @@ def probed(policy: Policy, greedy: list[Rollout], config, args, label: str) -> d
 def by_likelihood(policy: Policy, items: list[Item], label: str = "") -> dict:
     """Accuracy of the likeliest letter or class, and for classes the area under the ROC curve."""
     mine, scores = distributed.share(len(items)), []
-    with progress(len(mine), label) as bar:
+    with Progress(label, len(mine)) as progress:
         for i in mine:
             scores.append(probes.likelihoods(policy, items[i]))
-            bar.update()
+            progress.update()
     return probes.likeliest(items, distributed.gathered(scores))
 
 

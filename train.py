@@ -386,7 +386,8 @@ def train_on(
     """
     optimizer = make_optimizer(policy, config)
     log = Log(run, policy, optimizer, config, stopping)
-    train(config, policy, optimizer, splits, log)
+    with log.progress:
+        train(config, policy, optimizer, splits, log)
 
 
 def train_within_memory(

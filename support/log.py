@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
 from rewards import stage
 from support import distributed
 from support.alarms import alarms, describe, troubles
@@ -19,6 +17,7 @@ from support.distributed import say
 from support.errors import UsageError
 from support.metrics import Stats, over_steps
 from support.pass_rates import told
+from support.progress import Progress
 
 NON_FINITE = 5  # steps in a row without a finite update after which a run is stopped
 
@@ -39,6 +38,7 @@ class Log:
         distributed.gathered([])  # the others read metrics.jsonl next
         with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
             self.history = [json.loads(line) for line in lines]
+        self.progress = Progress("train", config.steps, "step", done=self.first)
 
     def reopened(self, path: Path):
         """The file with the whole lines of the steps that are done, ready for the next."""
@@ -53,16 +53,8 @@ class Log:
         return path.open("a", encoding="utf-8")
 
     def steps(self) -> Iterator[int]:
-        """The steps that are still to be done, with a bar."""
-        self.bar = tqdm(
-            range(self.first, self.config.steps),
-            initial=self.first,
-            total=self.config.steps,
-            desc="train",
-            unit="step",
-            disable=None if distributed.rank == 0 else True,
-        )
-        for step in self.bar:
+        """The steps that are still to be done."""
+        for step in range(self.first, self.config.steps):
             self.step, self.began = step, time.perf_counter()
             self.rollouts, self.updates, self.metrics = [], [], {"step": step + 1}
             yield step
@@ -73,6 +65,9 @@ class Log:
     def sampled(self, rollouts: list) -> None:
         self.rollouts = rollouts
         self.sample_s = time.perf_counter() - self.began
+        if rollouts:
+            reward = sum(rollout.reward for rollout in rollouts) / len(rollouts)
+            self.progress.gave = f"step {self.step + 1} sampled, reward {reward:.3f}"
 
     def updated(self, stats: Stats) -> None:
         """One optimiser step."""
@@ -152,10 +147,9 @@ class Log:
 
     def show(self, metrics: dict, seconds: float) -> None:
         names = [name for name in ("reward", "accuracy", "length") if name in metrics]
-        figures = {name: f"{metrics[name]:.3f}" for name in names}
-        self.bar.set_postfix(figures)
-        if self.bar.disable and self.due(10):  # no terminal: a line now and then
-            said = ", ".join(f"{name} {value}" for name, value in figures.items())
+        said = ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
+        self.progress.update(1, said)
+        if self.progress.bar.disable and self.due(10):  # no terminal: every ten steps in any case
             say(f"step {self.step + 1} of {self.config.steps}: {said}, {seconds:.1f} s")
 
     def save(self) -> None:

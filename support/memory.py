@@ -21,6 +21,7 @@ from support import checkpoints, hub, image_sets, loading, parquet_sets, picture
 from support.config import Config
 from support.distributed import say
 from support.errors import UsageError
+from support.progress import Progress
 
 
 class Sizes(NamedTuple):
@@ -190,8 +191,9 @@ def preflight(policy: Policy, items: list[Item], config: Config) -> Config:
 def rehearsal(policy: Policy, items: list[Item], config: Config) -> Config:
     """The longest batch once: memory runs out now, not in an hour. -> with the size that fits"""
     start = time.perf_counter()
-    while not goes_through(policy, longest(policy, items, config, config.micro_batch), config):
-        config = halved(config, "the longest batch")
+    with Progress("the longest batch"):
+        while not goes_through(policy, longest(policy, items, config, config.micro_batch), config):
+            config = halved(config, "the longest batch")
     held = ""
     if policy.device.type == "cuda":
         held = f", with {torch.cuda.max_memory_allocated(policy.device) / 1e9:.1f} GB at most"

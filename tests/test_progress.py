@@ -3,6 +3,8 @@
 import doctest
 import threading
 
+from training import run
+
 from support import distributed, progress
 from support.progress import Progress
 
@@ -70,3 +72,24 @@ def test_on_a_terminal_there_is_a_bar_and_no_thread(monkeypatch, capsys):
         assert not [t for t in threading.enumerate() if t.name.endswith("(talk)")]
     shown = capsys.readouterr().err
     assert "dev" in shown and "1/3" in shown and "1 right" in shown
+
+
+def test_every_phase_of_a_run_says_lines(model_dir, tmp_path, monkeypatch):
+    """Rehearsal, evaluation and steps: what each has done, and what it gave."""
+    lines = set()
+
+    def spoken(self, n=1, gave="", update=Progress.update):
+        lines.add(self.line(1.0))  # what the thread would say before this update, and after it
+        update(self, n, gave)
+        lines.add(self.line(1.0))
+
+    entered = []
+    monkeypatch.setattr(Progress, "update", spoken)
+    monkeypatch.setattr(Progress, "__enter__", lambda self: entered.append(self.label) or self)
+    run(model_dir, tmp_path / "run", *"--steps 2 --eval-every 2 --eval-limit 3".split())
+    phases = ["the longest batch", "before greedy", "train", "dev greedy", "after greedy"]
+    assert [label for label in dict.fromkeys(entered) if label in phases] == phases
+    found = "\n".join(sorted(lines))
+    assert "train: 0 of 2 steps, step 1 sampled, reward " in found
+    assert "train: 1 of 2 steps, reward " in found and "about 1 s left" in found
+    assert "before greedy: 3 of 3 items, " in found and " of 3 right, 1 s so far" in found
