@@ -5,10 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_models import llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import data
 from data import Item
-from policy import Rollout
+from policy import Policy, Rollout
 from rewards import Parsed
 from support import demo_model as demos
 from support import probes
@@ -121,3 +124,68 @@ def test_items_of_other_classes_have_no_auc():
     one = Item("1", "classify", "Q", ("x", "y"), "x")
     found = probes.likeliest([one, replace(one, options=("x", "z"))], [[0.0, -1.0]] * 2)
     assert found["likelihood_accuracy"] == 1 and "auc" not in found
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_the_likeliest_letter_is_lm_evaluation_harnesss(chat):
+    """Same model, items and prompt text, asked by the harness as a multiple-choice task of its own.
+
+    Runs where lm-eval is installed (requirements-dev.txt says why it is not among the others). What
+    is compared are all log-likelihoods, the likeliest option of each item, and the accuracy.
+    """
+    lm_eval = pytest.importorskip("lm_eval")
+    harness = pytest.importorskip("lm_eval.models.huggingface")
+    tasks = pytest.importorskip("lm_eval.api.task")
+    datasets = pytest.importorskip("datasets")  # which the harness brings along
+    items = [replace(item, knowledge=()) for item in data.load("demo", "dev")[:16]]
+    tokenizer = merging_tokenizer([data.messages(item)[1]["content"] for item in items])
+    tokenizer.chat_template = demos.TEMPLATE if chat else None
+    model = llama(vocab_size=len(tokenizer), max_position_embeddings=2048)
+    policy = Policy(model, tokenizer)
+    rows = []
+    for item in items:
+        asked = data.messages(item, "direct")
+        text = data.plain_text(asked)
+        if chat:
+            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        answers = [f"<answer> {name} </answer>" for name in probes.names_of(item)]
+        gold = probes.names_of(item).index(item.answer)
+        rows.append({"text": text, "answers": answers, "gold": gold})
+    config = {
+        "task": "ours",
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": lambda row: row["text"],
+        "doc_to_choice": lambda row: row["answers"],
+        "doc_to_target": lambda row: row["gold"],
+        "target_delimiter": "" if chat else " ",
+    }
+    asker = harness.HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=4)
+    found = lm_eval.simple_evaluate(
+        asker, tasks=[tasks.ConfigurableTask(config=config)], bootstrap_iters=0
+    )
+    samples = sorted(found["samples"]["ours"], key=lambda sample: sample["doc_id"])
+    theirs = [[logp for logp, _ in sample["filtered_resps"]] for sample in samples]
+    ours = [probes.likelihoods(policy, item) for item in items]
+    for of_item, of_theirs in zip(ours, theirs, strict=True):
+        if chat:  # the harness counts the prompt's last line break as part of every answer
+            of_theirs = [logp - of_theirs[0] + of_item[0] for logp in of_theirs]
+        assert of_item == pytest.approx(of_theirs, abs=1e-3)
+        assert np.argmax(of_item) == np.argmax(of_theirs)
+    accuracy = probes.likeliest(items, ours)["likelihood_accuracy"]
+    assert accuracy == found["results"]["ours"]["acc,none"]
+    assert 0 < accuracy < 1 and len({int(np.argmax(of_item)) for of_item in ours}) > 1
+
+
+def merging_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte pairs as in Qwen's, learned on these texts: many of its tokens are parts of words."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
