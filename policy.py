@@ -346,6 +346,7 @@ class Policy:
         self.autocast = partial(torch.autocast, *bf16, enabled=self.mixed)
         self.cache_argument = loading.cache_argument(model)
         loading.without_dropout(model)
+        loading.fuse_norms(model)
 
         self.switch = {"adapters": "policy" if use.lora else None}
         names = ["policy"]

@@ -1,6 +1,7 @@
 """Models from folders: families that are refused, types of weights, folders with parts missing."""
 
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -11,13 +12,22 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
 
 from policy import Policy
 from support import loading, runs
+from support.demo_model import demo_policy, tiny_vl_policy
 from support.errors import UsageError
+
+LONG = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=1024)
+
+
+def rope(kind: str, **more) -> dict:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4} | more}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +36,8 @@ from support.errors import UsageError
         (MistralConfig, MistralForCausalLM, {"sliding_window": 8}, "sliding"),
         (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 8}, "softcapping"),
         (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 8.0}, "logits_scaling"),
+        (LlamaConfig, LlamaForCausalLM, rope("dynamic", factor=2.0), "rope type dynamic"),
+        (LlamaConfig, LlamaForCausalLM, rope("longrope", factor=2.0, **LONG), "type longrope"),
     ],
 )
 def test_unserved_families_are_refused_by_name(config, model, extra, word, tmp_path):
@@ -33,6 +45,44 @@ def test_unserved_families_are_refused_by_name(config, model, extra, word, tmp_p
     made.save_pretrained(tmp_path)
     character_tokenizer().save_pretrained(tmp_path)
     refused(lambda: Policy.load(str(tmp_path)), word, config.model_type)
+
+
+def test_rope_scaled_by_constants_is_served(tmp_path):
+    made = llama(**rope("linear", factor=2.0))
+    made.save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    assert Policy.load(str(tmp_path)).model.config.rope_parameters["rope_type"] == "linear"
+
+
+def norms(model) -> list:
+    return [layer for layer in model.modules() if isinstance(vars(layer).get("forward"), partial)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_norms_are_transformers_own(dtype):
+    """Each against its class's forward, weights drawn; in bf16 they differ by one rounding."""
+    models = [family(name, lora=0).model for name in ("llama", "qwen3")]
+    models += [demo_policy(0).model, tiny_vl_policy(0, ["a text"]).model]
+    for model in models:
+        blocks = model.config.get_text_config(decoder=True).num_hidden_layers
+        assert len(norms(model)) == 2 * blocks + 1
+        for layer in norms(model):
+            assert type(layer).__name__.endswith("RMSNorm")
+            torch.nn.init.normal_(layer.to(dtype).weight)
+            x = torch.randn(3, 5, len(layer.weight)).to(dtype)
+            mine, theirs = layer(x), type(layer).forward(layer, x)
+            rounding = 1e-5 if dtype == torch.float32 else 2**-7
+            torch.testing.assert_close(mine, theirs, rtol=rounding, atol=1e-6)
+
+
+def test_the_kept_references_norms_are_its_own():
+    """A fused norm holds its weight: the copy's must be the copy's."""
+    policy = family("llama", lora=0, keep_reference=True)
+    for mine, kept in zip(norms(policy.model), norms(policy.frozen)):
+        x = torch.randn(3, len(mine.weight))
+        before = kept(x)
+        torch.nn.init.normal_(mine.weight)
+        assert torch.equal(kept(x), before) and not torch.equal(mine(x), before)
 
 
 def test_a_folder_without_a_tokenizer_or_a_model(tmp_path):
