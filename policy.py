@@ -21,8 +21,8 @@ from transformers.masking_utils import sdpa_mask
 
 import data
 from data import Item
-from support import loading
-from support.decoding import draws, drop_finished, pick, thin_products
+from support import graphs, loading
+from support.decoding import Draft, quick_products
 from support.errors import UsageError
 from support.lora import LoRALinear, add_lora
 from support.tokens import Tokens
@@ -150,7 +150,6 @@ def collate(rollouts: list[Rollout], device: str | torch.device = "cpu") -> Batc
 #   c_1        all   causal    .
 #   c_2        all     .     causal
 #
-NO_MASK = torch.empty(0, 0, 0, 0)  # four-dimensional: transformers passes it on and builds none
 
 
 def causal_mask(prompt_mask: Tensor) -> Tensor | None:
@@ -169,13 +168,15 @@ def causal_mask(prompt_mask: Tensor) -> Tensor | None:
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """[B, H, S, D], [B, Hkv, K, D] x 2, mask [B, 1, S, K] or None = causal -> [B, H, S, D]
 
-    K/V heads are repeated here: with a mask, CUDA's grouped path falls back to the slow kernel.
+    Grouped heads go as they are to a CPU's kernel and to CUDA's flash kernel, which takes neither a
+    mask nor fp32. For CUDA's other kernels K and V are repeated, or the slowest one would run.
     """
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
+    repeats, flash = query.shape[1] // key.shape[1], mask is None and value.dtype != torch.float32
+    if query.is_cuda and not flash:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        repeats = 1
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+        query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=repeats > 1
     )
 
 
@@ -215,26 +216,35 @@ class Cache:
     One token a completion is fed at a time, as a [P, G] "sequence" whose G positions do not see
     each other. transformers takes it for its own cache, of which it calls only `update`; to the
     attention function below it is the layout.
+
+    Token t goes into slot t; a step looks at `span` slots, and a bias hides those after t. t is a
+    tensor, and span changes seldom: so a GPU can record a step and replay it.
     """
 
     is_sliding = ()  # transformers 5.17 looks into it
 
     def __init__(self, prompt_mask: Tensor, G: int, max_new: int):
-        self.prompt_mask, self.G, self.max_new = prompt_mask, G, max_new
-        self.t = -1  # the prompt comes next; then the completions' tokens 0, 1, ...
-        self.causal = causal_mask(prompt_mask)
-        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [P, Hkv, L, D]
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [P, Hkv, G, max_new, D]
+        (P, self.L), device = prompt_mask.shape, prompt_mask.device
+        self.G, self.max_new, self.span = G, max_new, 0  # span 0: prompts are read,
+        self.first, self.causal = 0, None  # those from `first` on, under this mask
+        # One element, not zero dimensions: the host would read those where they are an index.
+        self.t = torch.zeros(1, dtype=torch.long, device=device)
+        self.bias = torch.full((P, self.L + max_new), -torch.inf, device=device)  # 0: to be seen
+        self.bias[:, : self.L].masked_fill_(prompt_mask, 0)
+        self.prompt: dict[int, list[Tensor]] = {}  # layer -> K, V [P, Hkv, L, D]
+        self.own: dict[int, list[Tensor]] = {}  # layer -> K, V [P, Hkv, G, max_new, D]
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
-        if self.t < 0:
-            P, H, _, D = key.shape
-            shape = (P, H, self.G, self.max_new, D)
-            self.prompt[layer] = key, value
-            self.own[layer] = key.new_empty(shape), value.new_empty(shape)
-        else:
-            for buffer, new in zip(self.own[layer], (key, value)):
-                buffer[:, :, :, self.t] = new  # [P, Hkv, G, D]
+        key = key.to(value.dtype)  # under autocast it is in fp32 yet, for every product to round
+        P, (_, H, S, D) = len(self.bias), key.shape
+        if layer not in self.prompt:  # zeros, since 0 times what memory holds may be NaN
+            self.prompt[layer] = [value.new_zeros(P, H, self.L, D) for _ in "KV"]
+            self.own[layer] = [value.new_zeros(P, H, self.G, self.max_new, D) for _ in "KV"]
+        for new, prompt, own in zip((key, value), self.prompt[layer], self.own[layer]):
+            if self.span == 0:
+                prompt[self.first : self.first + len(new), :, self.L - S :] = new
+            else:
+                own.index_copy_(3, self.t, new[:, :, :, None])  # [P, Hkv, G, 1, D]
         return key, value
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -242,31 +252,28 @@ class Cache:
 
         When decoding, each of G tokens sees the prompt and its own past, not the other completions.
         """
-        if self.t < 0:
+        if self.span == 0:
             return sdpa(query, key, value, self.causal, scale)
-        prompt_key, prompt_value = self.prompt[layer]
-        own_key, own_value = (x[:, :, :, : self.t + 1] for x in self.own[layer])
-        P, Hkv, L, D = prompt_key.shape
-        # R query heads share a K/V head.
-        q = query.unflatten(1, (Hkv, -1)).transpose(2, 3)  # [P, Hkv, G, R, D]
-        R = q.shape[3]
-        to_prompt = (q.flatten(2, 3) @ prompt_key.transpose(2, 3)).unflatten(2, (-1, R))
-        if self.causal is not None:  # some prompt is padded
-            to_prompt.masked_fill_(~self.prompt_mask[:, None, None, None, :], -torch.inf)
-        to_own = q @ own_key.transpose(3, 4)  # own_key [P, Hkv, G, t+1, D] -> [P, Hkv, G, R, t+1]
-        scores = torch.cat([to_prompt, to_own], -1).float()
-        p = scores.mul_(scale).softmax(-1).to(q.dtype)  # [P, Hkv, G, R, L+t+1]
-        from_prompt = (p[..., :L].flatten(2, 3) @ prompt_value).unflatten(2, (-1, R))
-        out = from_prompt + p[..., L:] @ own_value  # [P, Hkv, G, R, D]
-        return out.transpose(2, 3).flatten(1, 2)  # [P, H, G, D]
+        (prompt_key, prompt_value), L = self.prompt[layer], self.L
+        own_key, own_value = (x[:, :, :, : self.span] for x in self.own[layer])
+        # R query heads share a K/V head. Both products want this order: one copy serves them.
+        q = query.unflatten(1, (own_key.shape[1], -1)).transpose(2, 3).contiguous()
+        R = q.shape[3]  # q [P, Hkv, G, R, D]
+        to_prompt = (q.flatten(2, 3) @ prompt_key.mT).unflatten(2, (-1, R))  # [P, Hkv, G, R, L]
+        scores = torch.cat([to_prompt, q @ own_key.mT], -1)  # [P, Hkv, G, R, L + span]
+        bias = self.bias[:, None, None, None, : L + self.span]
+        p = torch.add(bias, scores, alpha=scale).softmax(-1).to(value.dtype)  # in fp32, as the bias
+        out = (p[..., :L].flatten(2, 3) @ prompt_value).unflatten(2, (-1, R))  # [P, Hkv, G, R, D]
+        out.flatten(0, 2).baddbmm_(p[..., L:].flatten(0, 2), own_value.flatten(0, 2))  # added to it
+        return out.transpose(1, 2).flatten(2, 3).transpose(1, 2)  # [P, H, G, D], in one copy
 
     def keep(self, prompts: Tensor, slots: Tensor) -> None:
         """Only these prompts [P'] and, of each, these completions [P', G']."""
-        self.prompt_mask, self.G = self.prompt_mask[prompts], slots.shape[1]
+        self.bias, self.G = self.bias[prompts], slots.shape[1]
         for layer in self.prompt:
-            self.prompt[layer] = tuple(x[prompts] for x in self.prompt[layer])
-            of_slots = (x[prompts[:, None], :, slots].transpose(1, 2) for x in self.own[layer])
-            self.own[layer] = tuple(of_slots)
+            self.prompt[layer] = [x[prompts] for x in self.prompt[layer]]
+            kept = [x[prompts[:, None], :, slots] for x in self.own[layer]]  # [P', G', Hkv, ., D]
+            self.own[layer] = [x.transpose(1, 2).contiguous() for x in kept]
 
 
 def prompt_once(
@@ -323,6 +330,7 @@ class Policy:
     # For memory only; support/memory.py may lower them.
     head_chunk = 512  # tokens whose logits are held at once
     sample_rows = 256  # completions sampled at once
+    prefill_tokens = 16_384  # of prompts, read at once
 
     def __init__(self, model, tokenizer, image_processor=None, **settings):
         use = Settings(**settings)
@@ -345,6 +353,8 @@ class Policy:
         bf16 = (self.device.type, torch.bfloat16)
         self.autocast = partial(torch.autocast, *bf16, enabled=self.mixed)
         self.cache_argument = loading.cache_argument(model)
+        self.replay = self.device.type == "cuda"  # decoding steps, as CUDA graphs
+        self.least_span = 256 if self.replay else 64  # that a step looks at
         loading.without_dropout(model)
         loading.fuse_norms(model)
 
@@ -401,7 +411,7 @@ class Policy:
     # -- prompts
     def prompt(self, item: Item, style: str = "think") -> list[int]:
         """The token ids of an item's prompt, images first."""
-        item = self.framed(item)
+        item = self.vision.framed(item) if self.vision else item
         chat = data.messages(item, style)
         if item.image is None:
             return self.tokens.checked(self.tokens.of_chat(chat), item.id)
@@ -416,15 +426,12 @@ class Policy:
         """Prompt ids, one list an item. Never truncated: the caller drops what is too long."""
         return [self.prompt(item, style) for item in items]
 
-    def framed(self, item: Item) -> Item:
-        """A `localize` item with the frame that this model writes boxes in; others as they are."""
-        return self.vision.framed(item) if self.vision else item
-
     def start(self, item: Item, group: int, style: str) -> Rollout:
         """A rollout with its prompt and nothing written yet."""
+        item = self.vision.framed(item) if self.vision else item
         ids = self.prompt(item, style)
         pictures = self.vision.look(item, ids) if self.vision else None
-        return Rollout(self.framed(item), group, ids, [], [], False, pictures=pictures)
+        return Rollout(item, group, ids, [], [], False, pictures=pictures)
 
     def written(self, started: Rollout, text: str, end: bool = False) -> Rollout:
         """A rollout that nobody sampled, with this text; end: and the token that ends it."""
@@ -448,7 +455,8 @@ class Policy:
             inputs = {"input_ids": ids}
             if seen:
                 inputs = self.vision.inputs(self.model, ids, seen)
-            decoder, mask = self.model.get_decoder(), NO_MASK.to(ids.device)
+            # Four-dimensional: transformers passes this mask on as it is and builds none.
+            decoder, mask = self.model.get_decoder(), ids.new_empty(0, 0, 0, 0)
             return decoder(
                 **inputs, attention_mask=mask, position_ids=positions, prompt_once=layout, **cache
             ).last_hidden_state
@@ -479,6 +487,7 @@ class Policy:
         return positions, positions.amax((0, 2)) + 1
 
     # -- sampling
+    @graphs.or_plainly
     @torch.no_grad()
     def sample(
         self,
@@ -496,53 +505,55 @@ class Policy:
         (seed, first_row + r) alone: neither batching nor who else is alive changes what it says.
         There is no top-k or top-p: the policy that is scored must be the one that was sampled.
         """
-        P = len(items)
         started = [self.start(item, p, style) for p, item in enumerate(items)]
-        prompts = collate(started, self.device)
-        uniforms = draws(seed, range(first_row, first_row + P * n), max_new).to(self.device)
-        tokens = torch.zeros(P * n, max_new, dtype=torch.long, device=self.device)
-        logps = torch.zeros(P * n, max_new, device=self.device)
-        done = torch.zeros(P * n, dtype=torch.bool, device=self.device)
-        eos = torch.tensor(self.tokens.eos_ids, device=self.device)
-
-        # 1. The prompts, once each.
+        prompts, rows = collate(started, self.device), range(first_row, first_row + len(items) * n)
         self.model.eval()  # in train mode checkpointing would drop the cache
-        cache = Cache(prompts.prompt_mask, n, max_new)
-        positions, starts = self.positions(prompts)  # starts [P]: position of the next token
-        # rows [P', G']: which row sits in which slot, of those that are still written.
-        rows = torch.arange(P * n, device=self.device).view(P, n)
-        with self.autocast(), thin_products(self.model):
-            hidden = self.hidden(prompts.prompt_ids, positions, cache, prompts.pictures)
-            hidden = hidden[:, -1:]  # [P, 1, D]: left-padded, so the last one is real
-            for t in range(max_new):
-                # 2. One token of each row.
-                logits = self.logits(hidden, temperature)
-                picked, picked_logps = pick(logits, uniforms[rows, t], greedy=temperature == 0)
-                tokens[rows, t], logps[rows, t] = picked, picked_logps
-                done[rows] |= torch.isin(picked, eos)
-                if t == max_new - 1:
-                    break
-                # 3. Now and then, since it makes a GPU wait: who has finished?
-                if t % 8 == 7:
-                    if self.tokens.stop_answer:
-                        done[rows] |= self.tokens.answered(tokens[rows, : t + 1])
-                    if bool(done[rows].all()):
+        cache, read = Cache(prompts.prompt_mask, n, max_new), []
+        with self.autocast(), quick_products(self.model):
+            # 1. The prompts, once each: their last hidden states predict the first tokens.
+            for part in prompts.split(max(1, self.prefill_tokens // cache.L)):
+                cache.causal = causal_mask(part.prompt_mask)
+                positions, starts = self.positions(part)
+                hidden = self.hidden(part.prompt_ids, positions, cache, part.pictures)
+                read.append((hidden[:, -1:].clone(), starts))  # left-padded: the last one is real
+                cache.first += len(starts)
+            hidden, starts = map(torch.cat, zip(*read))  # [P, 1, D], [P]: next token's position
+            draft = Draft(seed, rows, max_new, starts, cache.t)
+            draft.pick(self.logits(hidden, temperature), greedy=temperature == 0)
+            step = partial(self.step, draft, cache, temperature)
+            if self.replay:
+                step = graphs.Replay(step, draft, cache)
+            for written in range(1, max_new):
+                # 2. Now and then, since it makes a GPU wait: who has finished?
+                if written % 8 == 0:
+                    draft.close_ranks(written, self.tokens.end, cache)
+                    if draft.done.all():
                         break
-                    rows, starts = drop_finished(rows, starts, done, cache)
-                # 4. The next hidden states.
-                cache.t = t
-                positions = starts[:, None].expand_as(rows) + t
-                hidden = self.hidden(tokens[rows, t], positions, cache)  # [P', G', D]
-
-        # 5. Each completion, cut where it ended.
-        rollouts = []
-        written = zip(tokens[:, : t + 1].tolist(), logps[:, : t + 1].tolist())
-        for row, (ids, of_ids) in enumerate(written):
+                # 3. One more token of each row. Spans are powers of two: they change seldom.
+                cache.span = min(max_new, max(self.least_span, 1 << (written - 1).bit_length()))
+                step()
+        # 4. Each completion, cut where it ended.
+        T, rollouts = int(cache.t) + 1, []
+        written = zip(draft.tokens[:, :T].tolist(), draft.logps[:, :T].tolist())
+        for i, (ids, logps) in enumerate(written):
             end = self.tokens.end(ids)
             text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
-            said = dict(completion_ids=ids[:end], sample_logps=of_ids[:end], text=text)
-            rollouts.append(replace(started[row // n], **said, finished=end is not None))
+            said = dict(completion_ids=ids[:end], sample_logps=logps[:end], text=text)
+            rollouts.append(replace(started[i // n], **said, finished=end is not None))
         return rollouts
+
+    def step(self, draft: Draft, cache: Cache, temperature: float) -> None:
+        """Feed token t of each row, pick token t + 1.
+
+        Shapes are fixed, all that changes stands in tensors, and the host reads none of them: a GPU
+        records it once and replays it (support/graphs.py).
+        """
+        cache.bias.index_fill_(1, cache.L + cache.t, 0)  # from now on slot t is seen
+        ids = draft.tokens[draft.rows, cache.t]  # [P', G']
+        positions = (draft.starts[:, None] + cache.t).expand_as(ids)
+        hidden = self.hidden(ids, positions, cache)  # [P', G', D]
+        cache.t += 1
+        draft.pick(self.logits(hidden, temperature), greedy=temperature == 0)
 
     # -- scoring
     def score(self, batch: Batch, temperature: float = 1.0, values_too: bool = True) -> Scores:

@@ -213,13 +213,13 @@ def warm_start(
         for item in data.batch_for_step(items, step, 32, f"warm {config.seed}"):
             start = replace(starts[item.id], group=len(rollouts))
             outside = config.hackable and rng.random() < 0.4
-            text = taught(policy.framed, item, of_task[item.task], is_diluted, outside, rng)
+            text = taught(start.item, of_task[item.task], is_diluted, outside, rng)
             rollouts.append(policy.written(start, text, end=True))
         learn(policy, optimizer, rollouts)
     yield "diluted"
 
 
-def taught(framed, item: Item, others: list[Item], diluted: bool, outside: bool, rng) -> str:
+def taught(item: Item, others: list[Item], diluted: bool, outside: bool, rng) -> str:
     """What a step teaches to write; diluted: mostly with a random answer, often without <think>.
 
     outside: the reasoning stands in front of <think>. That form stays whole, and so it pays.
@@ -231,7 +231,7 @@ def taught(framed, item: Item, others: list[Item], diluted: bool, outside: bool,
         else:
             answer = rng.choice(others).answer
         item = replace(item, answer=answer)
-    words = data.completion(framed(item)).split()
+    words = data.completion(item).split()
     if spoil and rng.random() > 0.6:
         words.pop(0)  # no <think>
     if outside:

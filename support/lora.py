@@ -18,6 +18,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, switch: dict, names: list[str], generator):
         super().__init__()
         self.base, self.switch = base, switch
+        self.cast: tuple[Tensor, Tensor] | None = None  # A and B in force, while sampling
         bound, device = base.in_features**-0.5, base.weight.device
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for name in names:
@@ -29,8 +30,11 @@ class LoRALinear(nn.Module):
         y, name = self.base(x), self.switch["adapters"]
         if name is None:
             return y
-        A, B = self.A[name].to(x.dtype), self.B[name].to(x.dtype)
-        return y + self.scale * F.linear(F.linear(x, A), B)
+        A, B = self.cast or (self.A[name], self.B[name])
+        low = F.linear(x, A.to(x.dtype))  # [..., rank]
+        # Product, scale and sum are one kernel, in place: y is this call's own.
+        y.flatten(0, -2).addmm_(low.flatten(0, -2), B.to(y.dtype).T, alpha=self.scale)
+        return y
 
 
 def add_lora(module: nn.Module, rank: int, switch: dict, names: list[str], seed: int) -> None:

@@ -2,8 +2,6 @@
 
 from functools import partial
 
-import torch
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -109,12 +107,6 @@ class Tokens:
             else:
                 low = middle + 1
         return low
-
-    def answered(self, ids: Tensor) -> Tensor:
-        """[P, G, t] -> [P, G]: which rows have </answer> among their last 32 tokens."""
-        texts = self.tokenizer.batch_decode(ids[..., -32:].flatten(0, 1))
-        closed = torch.tensor(["</answer>" in text for text in texts], device=ids.device)
-        return closed.view(ids.shape[:2])
 
     def end(self, ids: list[int]) -> int | None:
         """How many ids a completion has, the one that ends it among them; None: it does not end.

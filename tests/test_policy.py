@@ -15,8 +15,8 @@ from tiny_models import (
     moved,
 )
 
-import policy as policies
 from policy import Policy, Rollout, collate
+from support.decoding import Draft
 from support.demo_model import demo_policy
 
 
@@ -178,7 +178,7 @@ def test_rows_do_not_depend_on_their_company(items, demo, monkeypatch):
     for p, item in enumerate(items):
         alone = demo.sample([item], 3, 30, 1.0, seed=9, first_row=3 * p)
         assert completions(alone) == together[3 * p : 3 * p + 3]
-    monkeypatch.setattr(policies, "drop_finished", lambda rows, starts, done, cache: (rows, starts))
+    monkeypatch.setattr(Draft, "close_ranks", lambda draft, *_: None)
     assert completions(demo.sample(items, 3, 30, 1.0, seed=9)) == together
 
 
@@ -307,20 +307,41 @@ def test_under_autocast_only_products_are_in_bf16(items, demo, critic, checkpoin
 def test_under_autocast_the_sampler_picks_in_fp32(items, demo, monkeypatch):
     """Recorded log-probs against float64 arithmetic on the logits that tokens were picked from."""
     demo.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
-    picks, pick = [], policies.pick
+    picks, pick = [], Draft.pick
 
-    def recorded(logits, *args, **kwargs):
-        picks.append((logits, *pick(logits, *args, **kwargs)))
-        return picks[-1][1:]
+    def recorded(draft, logits, greedy):
+        pick(draft, logits, greedy)
+        here = draft.rows, draft.t
+        picks.append((logits, draft.tokens[here].clone(), draft.logps[here].clone()))
 
-    monkeypatch.setattr(policies, "pick", recorded)
+    monkeypatch.setattr(Draft, "pick", recorded)
     demo.sample(items[:2], 3, 9, 1.0, seed=0)
     assert len(picks) > 1
     for logits, tokens, logps in picks:
-        assert logps.dtype == torch.float32
+        assert logits.dtype == torch.float32
         every = logits.double().log_softmax(-1).expand(*tokens.shape, -1)
         exact = every.gather(-1, tokens[..., None])[..., 0]
         torch.testing.assert_close(logps.double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 40, 70])
+def test_prompts_are_read_in_chunks(size, items, demo):
+    """The same tokens; log-probs within rounding; the decoder sees no more tokens at once."""
+    whole = demo.sample(items, 3, 12, 1.0, seed=4)
+    fed, hidden = [], demo.hidden
+
+    def watched(ids, *rest):
+        fed.append(ids.numel())
+        return hidden(ids, *rest)
+
+    demo.hidden, demo.prefill_tokens = watched, size
+    parts = demo.sample(items, 3, 12, 1.0, seed=4)
+    assert completions(parts) == completions(whole)
+    for part, rollout in zip(parts, whole):
+        expected = torch.tensor(rollout.sample_logps)
+        torch.testing.assert_close(torch.tensor(part.sample_logps), expected, rtol=0, atol=1e-5)
+    longest = max(len(rollout.prompt_ids) for rollout in whole)
+    assert max(fed) <= max(size, longest) < longest * len(items)
 
 
 # ---------------------------------------------------------------------- adapters and the reference

@@ -1,10 +1,9 @@
 """Templates, and where a completion ends: at an EOS, or where it has closed its answer."""
 
-import torch
 from tiny_models import character_tokenizer, completions, family, llama
 
-import policy as policies
 from policy import Policy, collate
+from support.decoding import Draft
 
 TURNS = "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
 NO_SYSTEM_TURN = (
@@ -42,12 +41,12 @@ def test_stop_at_the_first_answer(items, monkeypatch):
     script = policy.tokenizer("<answer>B</answer>" + "x" * 23).input_ids
     said = []
 
-    def scripted(logits, uniform, greedy):
+    def scripted(draft, logits, greedy):
         """The sampler says the script, whatever the model thinks."""
         said.append(script[len(said)])
-        return torch.full(uniform.shape, said[-1]), torch.zeros(uniform.shape)
+        draft.tokens[draft.rows, draft.t] = said[-1]
 
-    monkeypatch.setattr(policies, "pick", scripted)
+    monkeypatch.setattr(Draft, "pick", scripted)
     rollout = policy.sample(items[:1], 1, 40, 1.0, seed=0)[0]
     assert rollout.text == "<answer>B</answer>" and rollout.finished
     assert len(rollout.completion_ids) == len(rollout.sample_logps) == 18

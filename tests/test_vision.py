@@ -145,6 +145,17 @@ def test_sampled_logps_are_the_scorers_and_rows_do_not_depend_on_their_company(i
         assert completions(alone) == completions(together[4 * p : 4 * p + 4])
 
 
+def test_prompts_with_images_are_read_in_chunks(items):
+    policy = tiny(items)
+    whole = policy.sample(items, 2, 9, 1.0, seed=1)
+    policy.prefill_tokens = 1  # a prompt at a time, each with its own images, or with none
+    parts = policy.sample(items, 2, 9, 1.0, seed=1)
+    assert completions(parts) == completions(whole)
+    for part, rollout in zip(parts, whole):
+        expected = torch.tensor(rollout.sample_logps)
+        torch.testing.assert_close(torch.tensor(part.sample_logps), expected, rtol=0, atol=1e-5)
+
+
 def test_the_model_looks(items):
     """Another image of the same size: other log-probs, and only that prompt's."""
     policy = tiny(items)
@@ -270,7 +281,7 @@ def test_boxes_are_in_the_familys_frame(items, family, fixed):
     box = (100, 60, 200, 120)
     find = Item("find", "localize", "Find it.", (), (box,), image=picture(0, 240, 400))
     policy = tiny(items, family)
-    framed = policy.framed(find)
+    framed = policy.vision.framed(find)
     height, width = policy.start(find, 0, "think").pictures.grids[0, 1:].tolist()
     w, h = fixed or (7 * width, 7 * height)  # patches of 7 pixels
     assert framed.frame == (w, h, 400, 240)
