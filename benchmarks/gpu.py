@@ -661,13 +661,13 @@ def facts() -> dict:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     p.add_argument("--json")
     # Toy sizes, on a CPU too: tries this script, measures nothing.
     p.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if DEVICE == "cpu" and not args.tiny:
         return print("benchmarks/gpu.py: skipped, torch sees no CUDA GPU here")
     quiet()
