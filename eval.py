@@ -6,7 +6,6 @@ those numbers exactly. Every accuracy is a share of all items whose prompt fits 
 said): an answer that cannot be read, or was cut before it was given, is a wrong one.
 """
 
-import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,7 @@ import data
 import rewards
 from data import Item
 from policy import Policy, Rollout
-from support import distributed, eval_cli, loading, probes, runs, sheet, statistics
+from support import distributed, errors, eval_cli, loading, memory, probes, runs, sheet, statistics
 from support.errors import UsageError
 from support.progress import Progress
 
@@ -29,12 +28,11 @@ def sample(policy, items, config, seed, first=0) -> list[Rollout]:
     At most policy.sample_rows completions are written at a time, which changes no result. Several
     processes share the items, and each gets all rollouts, ready to be trained on.
     """
-    G, max_new = config.samples, config.max_new
-    mine, rollouts = distributed.share(len(items)), []
+    G, mine, rollouts = config.samples, distributed.share(len(items)), []
     at_once = max(1, policy.sample_rows // G)  # items
     for start in mine[::at_once]:
         part, place = items[start : min(start + at_once, mine.stop)], first + start
-        of_part = policy.sample(part, G, max_new, config.temperature, seed, place * G, config.style)
+        of_part = memory.sample(policy, part, config, seed, place * G)
         for rollout in of_part:
             rollout.group += place
         rollouts += of_part
@@ -337,8 +335,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    errors.run(main, "eval.py")

@@ -9,7 +9,6 @@ on one GPU.
 
 import math
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ import grpo
 import rewards
 from grpo import ALGOS
 from policy import Batch, Policy, Rollout, collate
-from support import cli, distributed, loading, memory, pass_rates, report, runs
+from support import cli, distributed, errors, loading, memory, pass_rates, report, runs
 from support.config import RECIPES, Config
 from support.demo_model import first_policy
 from support.distributed import say
@@ -393,7 +392,7 @@ def train_on(
 def train_within_memory(
     config: Config, run: Path, policy: Policy, splits: dict, facts: dict, init: dict | None
 ) -> Policy:
-    """`train_on`, and where memory runs out all the same: again, with half the sizes.
+    """`train_on`, and where memory runs out in an update: again, with half its prompts.
 
     Then it goes on as any resumed run does, from the newest checkpoint or from the beginning, so
     nothing of the step that failed is left.
@@ -403,11 +402,14 @@ def train_within_memory(
             try:
                 train_on(config, run, policy, splits, stopping)
                 return policy
-            except torch.OutOfMemoryError:
-                pass  # the exception holds what the step had made: it ends with this block
+            except RuntimeError as error:
+                if not errors.ran_out(error):
+                    raise
+            # The exception held what the step had made: it ended with its block.
             # The caller holds the policy too, and its weights must go before others come.
             vars(policy).clear()
-            config = memory.smaller(config, facts["sizes"], "training")
+            config = memory.halved(config, "training")
+            facts["sizes"]["micro_batch"] = config.micro_batch
             if distributed.world > 1:
                 raise UsageError(
                     "the other processes cannot be called back in the middle of a step; go on with "
@@ -473,11 +475,4 @@ def make_first_model(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("train.py: interrupted; go on with --resume RUN", file=sys.stderr)
-        raise SystemExit(130) from None
+    errors.run(main, "train.py")

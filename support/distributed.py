@@ -31,6 +31,12 @@ def start() -> None:
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
+        processes, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if processes > cards:
+            raise UsageError(
+                f"{processes} processes and {cards} GPUs: start torchrun with --nproc-per-node "
+                f"{cards}, or set CUDA_VISIBLE_DEVICES= to train on CPUs"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     dist.init_process_group(backend, timeout=PATIENCE)
     rank, world = dist.get_rank(), dist.get_world_size()

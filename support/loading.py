@@ -34,6 +34,9 @@ def pick_device(name: str) -> str:
         raise UsageError(f"--device {name}: use auto, cpu, cuda or cuda:N") from None
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+    if name.startswith("cuda") and (torch.device(name).index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise UsageError(f"--device {name}: the last CUDA device that torch sees is cuda:{last}")
     return name
 
 

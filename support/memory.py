@@ -9,36 +9,27 @@ import gc
 import math
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 
 from data import Item
-from policy import Policy, collate
-from support import checkpoints, hub, image_sets, loading, parquet_sets, pictures
+from policy import Policy, Rollout, collate
+from support import checkpoints, distributed, hub, image_sets, loading, parquet_sets, pictures
 from support.config import Config
 from support.distributed import say
-from support.errors import UsageError
+from support.errors import UsageError, ran_out
+from support.footprint import Model, Sizes, fit, memory, peak
 from support.progress import Progress
 
 
-class Sizes(NamedTuple):
-    """What is chosen to fit into memory."""
-
-    micro_batch: int  # prompts a forward pass
-    sample_rows: int = Policy.sample_rows  # completions sampled at once
-    head_chunk: int = 512  # tokens whose logits are held at once
-
-
-class Model(NamedTuple):
-    """What the arithmetic needs to know of a model."""
-
-    shape: PretrainedConfig  # the text model's: layers, widths, heads, vocabulary
-    total: int  # weights
-    trained: int
-    fp32: bool  # the products are not in bf16
+def model_of(policy: Policy) -> Model:
+    weights, trained = policy.model.parameters(), policy.trainable().values()
+    shape = policy.model.config.get_text_config(decoder=True)
+    fp32 = loading.product_dtype(policy.device) == torch.float32
+    return Model(shape, sum(p.numel() for p in weights), sum(p.numel() for p in trained), fp32)
 
 
 def check_hub(config: Config) -> None:
@@ -66,11 +57,38 @@ def check_hub(config: Config) -> None:
     weights = f"{total / 1e6:,.0f} million weights, {trained / 1e6:,.1f} million trained"
     checkpoint = f"A checkpoint takes {12 * trained / 1e9:.2f} GB, {checkpoints.KEEP} are kept"
     say(f"{config.model}: {weights}. To download: {download}. {checkpoint}")
+    shape = AutoConfig.from_pretrained(config.model).get_text_config(decoder=True)
+    model = Model(shape, total, trained, loading.product_dtype(device) == torch.float32)
+    prompt = min(350, config.max_prompt)  # MedQA's longest
     if missing:  # otherwise the table, which comes at once, says it better
-        shape = AutoConfig.from_pretrained(config.model).get_text_config(decoder=True)
-        model = Model(shape, total, trained, loading.product_dtype(device) == torch.float32)
-        parts = memory(config, model, 350, fit(config, model, 350, math.inf))  # MedQA's longest
+        parts = memory(config, model, prompt, fit(config, model, prompt, math.inf))
         say(f"memory, estimated: {peak(parts) / 1e9:.1f} GB")
+    if device != "cpu":
+        refuse_small_card(config, model, prompt, available(torch.device(device), held=0))
+
+
+def refuse_small_card(config: Config, model: Model, prompt: int, free: float) -> None:
+    """UsageError where not even the smallest sizes fit: what is missing, and what would fit."""
+
+    def needed(config: Config) -> int:
+        _, trained = loading.model_size(config.model, 0 if config.full else config.lora)
+        smaller = model._replace(trained=trained)
+        return peak(memory(config, smaller, prompt, fit(config, smaller, prompt, free)))
+
+    if 0.9 * (need := needed(config)) <= free:  # the table is right within a tenth
+        return
+    way_on = "a smaller --model would fit"
+    for full, part in product((config.full, False), (1, 2, 4, 8)):
+        samples = max(min(config.samples, 2), config.samples // part)
+        less = replace(config, full=full, samples=samples, max_new=max(1, config.max_new // part))
+        if needed(less) <= free:
+            kind = "--full" if full else "adapters"
+            way_on = f"{kind} with --samples {samples} --max-new {less.max_new} would fit"
+            break
+    raise UsageError(
+        f"{config.model} needs about {need / 1e9:.1f} GB at the smallest sizes, and "
+        f"{free / 1e9:.1f} GB are free: {(need - free) / 1e9:.1f} GB are missing. {way_on}"
+    )
 
 
 def not_here(config: Config) -> dict[str, str]:
@@ -94,38 +112,6 @@ def not_here(config: Config) -> dict[str, str]:
     return found
 
 
-def memory(config: Config, model: Model, prompt: int, sizes: Sizes) -> dict[str, int]:
-    """Bytes by kind, with a longest prompt of `prompt` tokens. See `peak` for what adds up."""
-    shape, number = model.shape, 4 if model.fp32 else 2  # bytes of a number in a forward pass
-    layers, hidden = shape.num_hidden_layers, shape.hidden_size
-    weights = number * model.total + 4 * model.trained  # a frozen base, and fp32 adapters
-    if config.full:
-        weights = (4 if model.fp32 else 6) * model.total  # bf16: also a copy, for the products
-    if config.full and config.kl_coef:  # the reference; with LoRA it is the base and costs nothing
-        embedding = shape.vocab_size * hidden  # stays fp32
-        weights += number * (model.total - embedding) + 4 * embedding
-    rows = min(sizes.sample_rows, config.prompts * config.samples)
-    cached = rows * config.max_new + math.ceil(rows / config.samples) * prompt  # tokens
-    head_dim = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
-    # Tokens of one forward pass. With checkpointing one layer at a time is held in full.
-    tokens = min(sizes.micro_batch, config.prompts) * (prompt + config.samples * config.max_new)
-    states = tokens * hidden * number * (layers if config.checkpointing else 12 * layers)
-    return {
-        "weights": weights,
-        "gradients": 4 * model.trained,
-        "optimiser": 8 * model.trained,  # Adam's two moments, in fp32
-        "K/V while sampling": layers * 2 * shape.num_key_value_heads * head_dim * number * cached,
-        "activations": states + tokens * (8 * hidden + 6 * shape.intermediate_size) * number,
-        "head chunk": sizes.head_chunk * shape.vocab_size * 4 * 4 + tokens * hidden * 4,
-    }
-
-
-def peak(parts: dict[str, int]) -> int:
-    """Bytes at the largest moment: sampling and the update do not hold theirs at the same time."""
-    sampling, updating = parts["K/V while sampling"], parts["activations"] + parts["head chunk"]
-    return sum(parts.values()) - min(sampling, updating)
-
-
 def available(device: torch.device, held: int) -> float:
     """Bytes that this process may hold, with the `held` ones of the model; inf if none can say."""
     if device.type == "cuda":
@@ -137,23 +123,6 @@ def available(device: torch.device, held: int) -> float:
     if "MemAvailable" not in lines:
         return math.inf
     return int(lines["MemAvailable"].split()[0]) * 1024 + held
-
-
-def fit(config: Config, model: Model, prompt: int, free: float) -> Sizes:
-    """Halve what makes the peak until nine tenths of `free` bytes hold it, or it is smallest."""
-    sizes = Sizes(config.micro_batch or math.ceil(config.prompts / config.minibatches))
-    while peak(parts := memory(config, model, prompt, sizes)) > 0.9 * free:
-        sampling = parts["K/V while sampling"] > parts["activations"] + parts["head chunk"]
-        if sampling and sizes.sample_rows > config.samples:  # a group is sampled together
-            rows = min(sizes.sample_rows, config.prompts * config.samples)
-            sizes = sizes._replace(sample_rows=max(config.samples, rows // 2))
-        elif not sampling and sizes.micro_batch > 1:
-            sizes = sizes._replace(micro_batch=(sizes.micro_batch + 1) // 2)
-        elif not sampling and sizes.head_chunk > 64:
-            sizes = sizes._replace(head_chunk=sizes.head_chunk // 2)
-        else:
-            break
-    return sizes
 
 
 def sizes_of(policy: Policy, config: Config) -> dict[str, int]:
@@ -169,12 +138,9 @@ def set_sizes(policy: Policy, config: Config, sizes: dict[str, int]) -> Config:
 
 def preflight(policy: Policy, items: list[Item], config: Config) -> Config:
     """Print what the run will use, put sizes in force that fit, and run the longest batch."""
-    weights, trained = list(policy.model.parameters()), policy.trainable().values()
-    shape = policy.model.config.get_text_config(decoder=True)
-    fp32 = loading.product_dtype(policy.device) == torch.float32
-    model = Model(shape, sum(p.numel() for p in weights), sum(p.numel() for p in trained), fp32)
+    model = model_of(policy)
     prompt = len(policy.prompt(longest(policy, items, config, 1)[0], config.style))
-    free = available(policy.device, held=sum(p.nbytes for p in weights))
+    free = available(policy.device, held=sum(p.nbytes for p in policy.model.parameters()))
     sizes = fit(config, model, prompt, free)
     config = set_sizes(policy, config, sizes._asdict())
     parts = memory(config, model, prompt, sizes)
@@ -202,21 +168,32 @@ def rehearsal(policy: Policy, items: list[Item], config: Config) -> Config:
 
 
 def goes_through(policy: Policy, items: list[Item], config: Config) -> bool:
-    """Whether there is memory for a forward and backward pass over completions of full length."""
+    """Whether there is memory for a forward and backward pass over completions of full length.
+
+    Beside it lies what every step but the first holds: the gradient of an earlier micro-batch, and
+    as much as Adam's two moments.
+    """
     text, rollouts = [policy.tokens.end_id] * config.max_new, []
     for group, item in enumerate(items):
         started = policy.start(item, group, config.style)
         row = replace(started, completion_ids=text, sample_logps=[0.0] * len(text))
         rollouts += [row] * config.samples
+    trained = policy.trainable().values()
     try:
+        moments = [torch.empty_like(p) for p in trained for _ in range(2)]
+        for p in trained:
+            p.grad = torch.zeros_like(p)
         scores = policy.score(collate(rollouts, policy.device), config.temperature)
         values = 0 if scores.values is None else scores.values.sum()
         (scores.logps.sum() + values).backward()
+        del moments
         return True
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         return False
     finally:
-        for p in policy.trainable().values():
+        for p in trained:
             p.grad = None
 
 
@@ -232,20 +209,42 @@ def chosen_sizes(policy: Policy, items: list[Item], config: Config, facts: dict)
     return config
 
 
-def smaller(config: Config, sizes: dict[str, int], where: str) -> Config:
-    """After memory ran out: half the micro-batch, and where that is one prompt half the rows.
+def sample(
+    policy: Policy, items: list[Item], config: Config, seed: int, first_row: int
+) -> list[Rollout]:
+    """`policy.sample`; where memory runs out, each half of the items by itself: nothing is lost.
 
-    In this order, since only the rows sampled at once can change a sampled log-prob's rounding.
-    sizes: those of run.json, which are set. UsageError where neither can be halved.
+    Later calls have as few rows. UsageError where it is one item.
     """
-    rows = min(sizes["sample_rows"], config.prompts * config.samples)
-    if config.micro_batch > 1 or rows <= config.samples:  # a group is sampled together
-        config = halved(config, where)
-        sizes["micro_batch"] = config.micro_batch
-    else:
-        sizes["sample_rows"] = max(config.samples, rows // 2)
-        say(f"{where}: out of memory; from here on {sizes['sample_rows']} rows are sampled at once")
-    return config
+    G = config.samples
+    how = (config.max_new, config.temperature, seed, first_row, config.style)
+    try:
+        return policy.sample(items, G, *how)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+    # After the `except` block, not in it: the exception holds what the call had made.
+    if len(items) == 1:
+        raise UsageError(
+            f"sampling: out of memory with the completions of one prompt ({G} at once); fewer "
+            "samples or a smaller --max-new would help"
+        )
+    half = len(items) // 2
+    if distributed.world == 1:  # others would share the items otherwise than this process
+        policy.sample_rows = half * G
+    say(f"sampling: out of memory; from here on {half * G} rows at once", everyone=True)
+    give_back()
+    first = sample(policy, items[:half], config, seed, first_row)
+    second = sample(policy, items[half:], config, seed, first_row + half * G)
+    for rollout in second:
+        rollout.group += half
+    return first + second
+
+
+def give_back() -> None:
+    """What is no longer used, to the device."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
 def halved(config: Config, where: str) -> Config:
@@ -261,8 +260,7 @@ def halved(config: Config, where: str) -> Config:
     config = replace(config, micro_batch=config.micro_batch // 2)
     size = f"--micro-batch {config.micro_batch}, which changes nothing but rounding"
     say(f"{where}: out of memory; from here on {size}", everyone=True)
-    gc.collect()
-    torch.cuda.empty_cache()  # nothing where there is no GPU
+    give_back()
     return config
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import refused
 from ranks_job import SETTINGS
 from safetensors.torch import load_file
 from training import rows
@@ -31,6 +32,14 @@ def torchrun(n: int, *command) -> subprocess.Popen:
         text=True,
         cwd=ROOT,
     )
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refused(distributed.start, "4 processes and 2 GPUs", "--nproc-per-node 2")
 
 
 def test_alone_nothing_is_shared_out():

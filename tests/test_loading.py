@@ -85,6 +85,14 @@ def test_the_kept_references_norms_are_its_own():
         assert torch.equal(kept(x), before) and not torch.equal(mine(x), before)
 
 
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    refused(lambda: loading.pick_device("cuda:7"), "--device cuda:7", "--device cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refused(lambda: loading.pick_device("cuda:7"), "--device cuda:7", "cuda:1")
+    assert loading.pick_device("cuda:1") == "cuda:1" and loading.pick_device("auto") == "cuda"
+
+
 def test_a_folder_without_a_tokenizer_or_a_model(tmp_path):
     llama().save_pretrained(tmp_path / "m")
     for path in (tmp_path / "m", tmp_path):

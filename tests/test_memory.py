@@ -8,15 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import refused
 from safetensors.torch import load_file
 from transformers import Qwen2Config
 
 import data
+import eval as evaluation
 import train
 from benchmarks import one_step
 from policy import Policy, collate
 from support import demo_model as demos
-from support import distributed, hub, memory, runs
+from support import distributed, errors, hub, loading, memory, runs
 from support.errors import UsageError
 
 CONFIG = replace(train.Config(), **data.LOADERS["demo"].defaults)
@@ -143,21 +145,70 @@ def test_out_of_memory_with_one_prompt_ends_the_run_in_a_line(model_dir, tmp_pat
     assert steps == [1, 2, 3]
 
 
-def test_out_of_memory_while_sampling_goes_on_with_fewer_rows(model_dir, tmp_path, monkeypatch):
-    """Half the micro-batch would change nothing there."""
+def full_above(monkeypatch, most: int, error: Exception) -> list[int]:
+    """A GPU on which more rows than `most` do not fit -> the rows of each call so far."""
     real, rows = Policy.sample, []
 
     def sample(self, items, n, *args, **kwargs):
         rows.append(len(items) * n)
-        if n > 1 and rows[-1] > 8:
-            raise torch.OutOfMemoryError("no more")
+        if rows[-1] > most:
+            raise error
         return real(self, items, n, *args, **kwargs)
 
     monkeypatch.setattr(Policy, "sample", sample)
-    run(model_dir, tmp_path / "run", "--micro-batch 1")
-    assert 16 in rows and rows.count(8) == 2 * 3
-    sizes = json.loads((tmp_path / "run/run.json").read_text())["sizes"]
-    assert (sizes["sample_rows"], sizes["micro_batch"]) == (8, 1)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no more"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_out_of_memory_while_sampling_goes_on_with_fewer_rows(
+    model_dir, tmp_path, monkeypatch, error, capsys
+):
+    """In training and evaluation alike, and the run is that of a larger GPU."""
+    expected = run(model_dir, tmp_path / "expected")
+    rows = full_above(monkeypatch, 8, error)
+    found = run(model_dir, tmp_path / "found")
+    assert rows == [4, 16, 8, 8, 8, 8, 4, 8, 8, 4]
+    assert "sampling: out of memory; from here on 8 rows at once" in capsys.readouterr().err
+    names = [json.loads(line)["text"] for line in (expected / "rollouts.jsonl").open()]
+    assert [json.loads(line)["text"] for line in (found / "rollouts.jsonl").open()] == names
+
+
+def test_other_errors_are_not_taken_for_full_memory(model_dir, monkeypatch):
+    policy = Policy.load(model_dir, lora=0, template="plain")
+    full_above(monkeypatch, 1, RuntimeError("CUDA error: an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        evaluation.answer(policy, data.load("demo", "test")[:4], CONFIG)
+
+
+def test_an_evaluation_loses_nothing_where_memory_runs_out(model_dir, monkeypatch):
+    """Ten items, at most three rows at once: 10 fail, 5 fail, then two or three at a time."""
+    items = data.load("demo", "test")[:10]
+    policy = Policy.load(model_dir, lora=0, template="plain")
+    expected = evaluation.answer(policy, items, CONFIG, temperature=1.0, seed=3)
+    rows = full_above(monkeypatch, 3, torch.OutOfMemoryError("no more"))
+    found = evaluation.answer(policy, items, CONFIG, temperature=1.0, seed=3)
+    assert rows == [10, 5, 2, 3, 5, 2, 3]
+    for name in ("completion_ids", "group", "text", "reward"):
+        assert [getattr(r, name) for r in found] == [getattr(r, name) for r in expected]
+    rows.clear()
+    evaluation.answer(policy, items[:4], CONFIG)
+    assert rows == [2, 2]  # what was learned stays
+
+
+def test_one_prompt_that_does_not_fit_ends_in_a_line(model_dir, monkeypatch):
+    policy = Policy.load(model_dir, lora=0, template="plain")
+    full_above(monkeypatch, 1, torch.OutOfMemoryError("no more"))
+    items = data.load("demo", "test")[:4]
+    refused(
+        lambda: evaluation.answer(policy, items, CONFIG, n=2, temperature=1.0),
+        "out of memory with the completions of one prompt (2 at once)",
+    )
 
 
 def test_one_of_several_processes_cannot_go_back_alone(model_dir, tmp_path, monkeypatch):
@@ -251,13 +302,19 @@ def test_keys_and_values_by_hand():
     """
     config = train.Config(prompts=16, samples=8, max_new=512)
     parts = memory.memory(config, MODEL_3B, 350, memory.Sizes(16))
-    assert parts["K/V while sampling"] == 36_864 * (128 * 512 + 16 * 350)
-    parts = memory.memory(config, MODEL_3B, 350, memory.Sizes(16, sample_rows=32))
-    assert parts["K/V while sampling"] == 36_864 * (32 * 512 + 4 * 350)
+    fewer = memory.memory(config, MODEL_3B, 350, memory.Sizes(16, sample_rows=32))
+    # Beside them: the prompts' pass through a layer of 11,008, or 4 numbers a word and row.
+    adapters, reading, picking = 2 * 30_000_000, 4 * 11_008 * 2 * 16 * 350, 16 * 151_936 * 32
+    assert parts["sampling"] == 36_864 * (128 * 512 + 16 * 350) + adapters + reading
+    assert fewer["sampling"] == 36_864 * (32 * 512 + 4 * 350) + adapters + reading // 4
+    assert picking < reading // 4
+    # 128 items with a prompt each, of which 46 are read at once: 16,384 tokens at most.
+    at_once = 4 * 11_008 * 2 * 46 * 350
+    assert parts["evaluation"] == 36_864 * 128 * (512 + 350) + adapters + at_once
 
 
 def test_the_arithmetic_is_near_the_truth(model_dir):
-    """Weights, gradients and moments to the byte."""
+    """Weights and moments to the byte."""
     policy = Policy.load(model_dir, lora=0)
     total = sum(p.numel() for p in policy.model.parameters())
     model = memory.Model(policy.model.config, total, total, fp32=True)
@@ -268,19 +325,19 @@ def test_the_arithmetic_is_near_the_truth(model_dir):
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values()]
     assert parts["weights"] == sum(p.nbytes for p in policy.model.parameters())
-    assert parts["gradients"] == sum(p.grad.nbytes for p in policy.trainable().values())
+    assert parts["update"] > sum(p.grad.nbytes for p in policy.trainable().values())
     assert parts["optimiser"] == sum(value.nbytes for value in states if value.dim())
 
 
 def test_the_bf16_reference_is_counted(model_dir, bf16_products):
-    """Weights in fp32, their casts in bf16, and the copy, whose embedding stays fp32."""
+    """Weights in fp32, and the copy, whose embedding stays fp32."""
     policy = Policy.load(model_dir, lora=0, keep_reference=True)
     config = replace(CONFIG, full=True, kl_coef=0.1)
     total = sum(p.numel() for p in policy.model.parameters())
     model = memory.Model(policy.model.config, total, total, fp32=False)
     parts = memory.memory(config, model, 20, memory.Sizes(2))
     reference = sum(p.nbytes for p in policy.frozen.parameters())
-    assert parts["weights"] == pytest.approx(6 * total + reference, rel=0.01)  # but for norms
+    assert parts["weights"] == pytest.approx(4 * total + reference, rel=0.01)  # but for norms
 
 
 # ------------------------------------------------------------------- before the first step
@@ -320,6 +377,29 @@ def test_the_rehearsal_finds_what_goes_through_and_leaves_nothing(model_dir, mon
     assert "the longest batch went through" in capsys.readouterr().err
 
 
+def test_the_rehearsal_holds_what_a_later_step_holds(model_dir, monkeypatch):
+    """A gradient for every trained weight, and 8 bytes for Adam's moments."""
+    policy, real, seen = Policy.load(model_dir, lora=0, template="plain"), Policy.score, []
+    trained = policy.trainable().values()
+
+    def score(self, *args):
+        seen.append(sum(p.grad.nbytes for p in trained))
+        return real(self, *args)
+
+    def empty_like(p, make=torch.empty_like):
+        seen.append(made := make(p))
+        return made
+
+    monkeypatch.setattr(Policy, "score", score)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    assert memory.goes_through(policy, data.load("demo", "train")[:2], replace(CONFIG, max_new=4))
+    at_score = next(i for i, x in enumerate(seen) if isinstance(x, int))
+    weights = sum(p.nbytes for p in trained)
+    assert seen[at_score] == weights
+    assert sum(x.nbytes for x in seen[:at_score]) == 2 * weights
+    assert all(p.grad is None for p in trained)
+
+
 def test_the_longest_prompts_are_found(model_dir):
     policy = Policy.load(model_dir, lora=0, template="plain")
     items = data.load("demo", "train")[:200]
@@ -334,7 +414,7 @@ def test_dry_run_writes_nothing(model_dir, tmp_path, monkeypatch, capsys):
     train.main(["--model", model_dir, *FLAGS, "--dry-run"])
     shown = capsys.readouterr()
     assert "dry run" in shown.out
-    assert "activations" in shown.err and "longest batch went through" in shown.err
+    assert "  update " in shown.err and "longest batch went through" in shown.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -361,10 +441,8 @@ def test_a_set_of_parquet_files_that_is_not_here_is_named(monkeypatch):
     assert "flaviagiammarino/vqa-rad's data/test-" in found["vqa-rad's files"]
 
 
-def test_a_large_model_without_a_gpu_is_refused_before_anything_is_fetched(
-    monkeypatch, tmp_path, medqa_dir
-):
-    """Only the config is read: of a folder with the shape of Qwen2.5-3B and no weights."""
+def shape_of_3b(folder: Path) -> str:
+    """A folder with the config of Qwen2.5-3B and no weights."""
     Qwen2Config(
         vocab_size=151936,
         hidden_size=2048,
@@ -373,7 +451,49 @@ def test_a_large_model_without_a_gpu_is_refused_before_anything_is_fetched(
         num_attention_heads=16,
         num_key_value_heads=2,
         tie_word_embeddings=True,
-    ).save_pretrained(tmp_path / "m")
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "free, full, words",
+    [
+        # 37 for weights and moments, 12 for gradients, and something to work with.
+        (24, True, ("GB at the smallest sizes, and 24.0 GB are free", "adapters with --samples 8")),
+        (7.5, False, ("--samples 4 --max-new 256 would fit",)),
+        (5, False, ("GB are missing", "a smaller --model would")),
+    ],
+)
+def test_a_gpu_too_small_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, free, full, words
+):
+    monkeypatch.setattr(loading, "pick_device", lambda name: "cuda")
+    monkeypatch.setattr(loading, "product_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(memory, "available", lambda device, held: free * 1e9)
+    config = replace(train.Config(), dataset="medqa", model=shape_of_3b(tmp_path), full=full)
+    monkeypatch.setattr(memory, "not_here", lambda config: {})
+    refused(lambda: memory.check_hub(config), *words)
+    monkeypatch.setattr(memory, "available", lambda device, held: 80e9)
+    memory.check_hub(config)
+
+
+def test_full_memory_ends_a_program_in_a_line(capsys):
+    def main():
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`\nx")
+
+    with pytest.raises(SystemExit) as stop:
+        errors.run(main, "train.py")
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("train.py: the GPU's memory is full (CUDA error: CUBLAS_STATUS_ALLOC")
+    assert shown.count("\n") == 1
+
+
+def test_a_large_model_without_a_gpu_is_refused_before_anything_is_fetched(
+    monkeypatch, tmp_path, medqa_dir
+):
+    """Only the config is read: of a folder with the shape of Qwen2.5-3B and no weights."""
+    shape_of_3b(tmp_path / "m")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = ["--dataset", "medqa", "--model", str(tmp_path / "m"), "--data-dir", medqa_dir]
     flags += ["--out", str(tmp_path / "run")]
