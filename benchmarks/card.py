@@ -1,11 +1,12 @@
 """Every kind of run on a simulated CUDA device: what a GPU would refuse, where the host would wait.
 
-    python SIMULATOR benchmarks/card.py [--runs NAME ...] [--json F]
+    [python SIMULATOR | python] benchmarks/card.py [--runs NAME ...] [--json F]
 
 SIMULATOR is a script that runs another one under such a device and offers it as the module
 `fakecuda`: tensors on the CPU that obey CUDA's rules of devices and types. `fakecuda.SIM` holds
 `waits`, a Counter of the places where the host needs a number of the device, and `refused`, what
-CUDA would have refused. Speed, rounding and graphs are not simulated. tests/test_card.py checks the
+CUDA would have refused. Speed, rounding and graphs are not simulated. On a real GPU it
+runs too, and counts nothing. tests/test_card.py checks the
 table; .ci/run knows where the simulator is.
 """
 
@@ -17,7 +18,10 @@ import time
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
@@ -163,9 +167,11 @@ def main() -> None:
     p.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     p.add_argument("--json")
     args = p.parse_args()
-    if "fakecuda" not in sys.modules:
-        raise SystemExit("benchmarks/card.py: run it under a simulated CUDA device")
-    sim = sys.modules["fakecuda"].SIM
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/card.py: run it under a simulated CUDA device, or on a GPU")
+    # A real device counts no waits, and what it refuses is an exception.
+    real = SimpleNamespace(waits={}, refused=[])
+    sim = sys.modules["fakecuda"].SIM if "fakecuda" in sys.modules else real
     table = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

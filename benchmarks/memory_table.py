@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from benchmarks import gpu, one_step
+from benchmarks import one_step, shapes
 from policy import Policy
 from support import cli, footprint, memory
 from support.config import Config
@@ -59,10 +59,10 @@ def config_of(flags: str) -> Config:
     return cli.make_config(cli.read_flags(flags.split())[0])
 
 
-def policy_of(config: Config, length: int, prompts: int) -> tuple[Policy, list]:
-    """A policy whose weights have shapes and no values, and items with prompts of one length."""
-    size = SimpleNamespace(**vars(gpu.FULL) | {"length": length, "prompts": prompts})
-    policy = gpu.text_policy(
+def policy_of(config: Config, size, length: int, prompts: int) -> tuple[Policy, list]:
+    """A policy of this size, and so many items with prompts of one length."""
+    size = SimpleNamespace(**vars(size) | {"length": length, "prompts": prompts})
+    policy = shapes.text_policy(
         size,
         0 if config.full else config.lora,
         torch.float32 if config.full else torch.bfloat16,
@@ -70,8 +70,8 @@ def policy_of(config: Config, length: int, prompts: int) -> tuple[Policy, list]:
         keep_reference=config.kl_coef > 0,
         critic=config.critic if config.advantage == "gae" else "",
     )
-    policy.tokens.eos_ids = [0]  # every token is this one: the buffers are whole, the steps few
-    return policy, gpu.items_of(size)
+    policy.tokens.eos_ids = [0]  # in a simulation every token: the buffers are whole, steps few
+    return policy, shapes.items_of(size)
 
 
 def phase(name: str, policy: Policy, items: list, config: Config, optimizer) -> None:
@@ -79,8 +79,9 @@ def phase(name: str, policy: Policy, items: list, config: Config, optimizer) -> 
     rows, G = config.prompts * config.samples, config.samples
     if name == "update":  # two micro-batches: the second one finds the gradient of the first
         part = replace(config, prompts=2 * config.micro_batch, minibatches=1)
-        rollouts = gpu.written(policy, items[: part.prompts], G, config.max_new)
-        one_step.update(policy, optimizer, rollouts, part)
+        rollouts = shapes.written(policy, items[: part.prompts], G, config.max_new)
+        # Past the critic's warm-up, in which the policy has no gradient.
+        one_step.update(policy, optimizer, rollouts, part, config.critic_warmup)
     elif name == "sampling":
         groups = math.ceil(min(policy.sample_rows, rows) / G)
         policy.sample(items[:groups], G, config.max_new, 1.0, seed=0)
@@ -88,10 +89,10 @@ def phase(name: str, policy: Policy, items: list, config: Config, optimizer) -> 
         policy.sample(items[: min(policy.sample_rows, 128)], 1, config.max_new, 0.0, seed=0)
 
 
-def measured(case: Case, sim) -> dict:
-    """Table and simulation of each phase, in GB, with Adam's moments held."""
+def measured(case: Case, size=shapes.FULL) -> dict:
+    """The table and what was held at most in each phase, in GB, with Adam's moments held."""
     config = config_of(case.flags)
-    policy, items = policy_of(config, case.prompt, max(256, 2 * config.micro_batch))
+    policy, items = policy_of(config, size, case.prompt, max(256, 2 * config.micro_batch))
     model = memory.model_of(policy)
     sizes = footprint.fit(config, model, case.prompt, case.card * 1e9)
     config = memory.set_sizes(policy, config, sizes._asdict())
@@ -102,16 +103,14 @@ def measured(case: Case, sim) -> dict:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     found = {"sizes": sizes._asdict(), "card_gb": case.card if case.card < math.inf else None}
-    sim.memory = case.card * 1e9
     for name in case.phases:
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         phase(name, policy, items, config, optimizer)
         expected = table["weights"] + table["optimiser"] + table[name]
         held = torch.cuda.max_memory_allocated()
-        found[name] = {"table_gb": expected / 1e9, "simulated_gb": held / 1e9}
+        found[name] = {"table_gb": expected / 1e9, "measured_gb": held / 1e9}
         found[name]["off"] = expected / held - 1
-    sim.memory = math.inf
     return found
 
 
@@ -125,11 +124,12 @@ def main() -> None:
         raise SystemExit("benchmarks/memory_table.py: run it under a simulated CUDA device")
     sim = sys.modules["fakecuda"].SIM
     sim.shadow, sim.memory = True, math.inf
-    gpu.FULL.text["num_hidden_layers"] = args.layers
+    shapes.FULL.text["num_hidden_layers"] = args.layers
     result = {"layers": args.layers, "cases": {}}
     print(f"{'case':34s} {'phase':10s} {'table':>8s} {'simulated':>10s}   GB")
     for name in args.cases:
-        found = result["cases"][name] = measured(CASES[name], sim)
+        sim.memory = CASES[name].card * 1e9
+        found = result["cases"][name] = measured(CASES[name])
         for part in CASES[name].phases:
             table, held, off = found[part].values()
             print(f"{name:34s} {part:10s} {table:8.2f} {held:10.2f} {off:+7.1%}", flush=True)
