@@ -301,6 +301,8 @@ def prompt_once(
 
 AttentionInterface.register("prompt_once", prompt_once)
 AttentionMaskInterface.register("prompt_once", sdpa_mask)
+# cuDNN would plan anew for every new shape, and every micro-batch has one.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 # -------------------------------------------------------------------------------------- policy

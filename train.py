@@ -44,7 +44,7 @@ def train(  # noqa: C901, PLR0912, PLR0915 (the whole algorithm in sight)
     """P prompts a step, G completions each, of at most T tokens; `log` knows which steps are left.
 
     All randomness is a function of (seed, step), so a resumed run does what the first would have
-    done.
+    done: on a CPU bit for bit, on a GPU up to rounding.
     """
     for step in log.steps():
         for group in optimizer.param_groups:  # the policy's, and the critic's

@@ -176,15 +176,18 @@ def resumed_config(run: Path, given: dict) -> Config:
 
 def facts_of(config: Config, splits: dict, device: str) -> dict:
     """What run.json says: with the same of it a resumed run goes on bit for bit, on a CPU."""
+    machine = {
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "processes": distributed.world,
+    }
+    if torch.device(device).type == "cuda":  # another one rounds otherwise
+        machine["card"] = torch.cuda.get_device_name(device)
     return {
         "config": asdict(config),
         "data": {name: data.set_fingerprint(items) for name, items in splits.items()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "machine": {
-            "threads": torch.get_num_threads(),
-            "device": device,
-            "processes": distributed.world,
-        },
+        "machine": machine,
     }
 
 

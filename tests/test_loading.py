@@ -148,3 +148,9 @@ def test_bf16_only_where_the_gpu_has_it(major, dtype, tmp_path, monkeypatch, cap
     assert loaded == [dtype, torch.float32, dtype]  # adapters, --full, a model to evaluate
     line = "Card has no bf16 of its own: this run computes in fp32\n"
     assert said == [line if major == 7 else ""] * 3
+
+
+def test_cudnn_attention_is_off():
+    """It is on in torch, and first in the order of kernels."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()

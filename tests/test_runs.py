@@ -62,6 +62,13 @@ def test_resume_with_other_data_is_refused(model_dir, tmp_path):
     refused(lambda: train.main(["--resume", str(out)]), "data set")
 
 
+def test_the_name_of_the_card_is_kept(monkeypatch):
+    """Another one adds up in another order."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device}")
+    assert runs.facts_of(DEMO, {}, "cuda:1")["machine"]["card"] == "Card cuda:1"
+    assert "card" not in runs.facts_of(DEMO, {}, "cpu")["machine"]
+
+
 def test_another_number_of_threads_is_said_and_the_run_goes_on(model_dir, tmp_path, capsys):
     out = run(model_dir, tmp_path / "run", "--steps", "1")
     facts = read(out / "run.json")
