@@ -29,13 +29,23 @@ def sample(policy, items, config, seed, first=0) -> list[Rollout]:
     processes share the items, and each gets all rollouts, ready to be trained on.
     """
     G, mine, rollouts = config.samples, distributed.share(len(items)), []
-    at_once = max(1, policy.sample_rows // G)  # items
-    for start in mine[::at_once]:
+    how = (config.temperature, seed)
+    start, at_once = mine.start, max(1, policy.sample_rows // G)  # items
+    while start < mine.stop:
         part, place = items[start : min(start + at_once, mine.stop)], first + start
-        of_part = memory.sample(policy, part, config, seed, place * G)
+        of_part = []
+        try:
+            of_part = policy.sample(part, G, config.max_new, *how, place * G, config.style)
+        except RuntimeError as error:
+            if not errors.ran_out(error):
+                raise
+        if not of_part:  # not in the `except` block: the exception holds what the call had made
+            at_once = memory.fewer_items(policy, len(part), G)
+            continue
         for rollout in of_part:
             rollout.group += place
         rollouts += of_part
+        start += len(part)
     if distributed.world == 1:
         return rollouts
     rollouts = distributed.gathered(rollouts)

@@ -46,6 +46,7 @@ TRAINED = {
     "lora, KL, export": f"{ADAPTERS} --kl-coef 0.1 --template plain --export RUNS/exported {SHORT}",
     "ppo, head": f"{ADAPTERS} {PPO} --critic head {SHORT}",
     "ppo, lora": f"{ADAPTERS} {PPO} --critic lora --minibatches 2 {SHORT}",
+    "ppo, full, critic lora": f"--model MODEL --full {PPO} --critic lora {SHORT}",
     "dapo": f"{ADAPTERS} --algo dapo {SHORT} --samples 8",
     "sft": f"{ADAPTERS} --algo sft --prompts 4 {SHORT} --samples 1",
     "images, frozen tower": f"{IMAGES} --no-full --task classify {SHORT}",

@@ -41,7 +41,8 @@ def memory(config: Config, model: Model, prompt: int, sizes: Sizes) -> dict[str,
     weights = number * model.total + 4 * model.trained  # a frozen base, and fp32 adapters
     if config.full:
         weights = 4 * model.total
-    if config.full and config.kl_coef:  # the reference; with LoRA it is the base and costs nothing
+    adapted = config.advantage == "gae" and config.critic == "lora"  # the critic, on the reference
+    if config.full and (config.kl_coef or adapted):  # a copy; with LoRA the base is the reference
         embedding = shape.vocab_size * shape.hidden_size  # stays fp32
         weights += number * (model.total - embedding) + 4 * embedding
     rows, eval_rows = (min(sizes.sample_rows, n) for n in (config.prompts * config.samples, 128))

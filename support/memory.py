@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig
 
 from data import Item
-from policy import Policy, Rollout, collate
+from policy import Policy, collate
 from support import checkpoints, distributed, hub, image_sets, loading, parquet_sets, pictures
 from support.config import Config
 from support.distributed import say
@@ -209,36 +209,22 @@ def chosen_sizes(policy: Policy, items: list[Item], config: Config, facts: dict)
     return config
 
 
-def sample(
-    policy: Policy, items: list[Item], config: Config, seed: int, first_row: int
-) -> list[Rollout]:
-    """`policy.sample`; where memory runs out, each half of the items by itself: nothing is lost.
+def fewer_items(policy: Policy, items: int, G: int) -> int:
+    """After so many items, G completions each, were too many to sample at once -> half of them.
 
-    Later calls have as few rows. UsageError where it is one item.
+    Later calls begin with as few rows. UsageError where it was one item.
     """
-    G = config.samples
-    how = (config.max_new, config.temperature, seed, first_row, config.style)
-    try:
-        return policy.sample(items, G, *how)
-    except RuntimeError as error:
-        if not ran_out(error):
-            raise
-    # After the `except` block, not in it: the exception holds what the call had made.
-    if len(items) == 1:
+    if items == 1:
         raise UsageError(
             f"sampling: out of memory with the completions of one prompt ({G} at once); fewer "
             "samples or a smaller --max-new would help"
         )
-    half = len(items) // 2
+    rows = items // 2 * G
     if distributed.world == 1:  # others would share the items otherwise than this process
-        policy.sample_rows = half * G
-    say(f"sampling: out of memory; from here on {half * G} rows at once", everyone=True)
+        policy.sample_rows = rows
+    say(f"sampling: out of memory; from here on {rows} rows at once", everyone=True)
     give_back()
-    first = sample(policy, items[:half], config, seed, first_row)
-    second = sample(policy, items[half:], config, seed, first_row + half * G)
-    for rollout in second:
-        rollout.group += half
-    return first + second
+    return items // 2
 
 
 def give_back() -> None:

@@ -15,7 +15,7 @@ from support.demo_model import demo_policy
 SIMULATOR = Path(os.environ.get("FAKECUDA", "no simulator"))
 ROOT = Path(card.__file__).parent.parent
 WAITS_PER_TOKEN = 1.0  # of the host for the device; each stalls the queue of kernels
-WAITS_PER_UPDATE = 64
+WAITS_PER_UPDATE = 80
 
 pytestmark = [
     pytest.mark.slow,
