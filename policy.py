@@ -344,16 +344,18 @@ class Policy:
             self.vision = Vision(model, self.tokens, image_processor, use.train_vision)
         elif use.train_vision:
             raise UsageError("--train-vision: this model has no vision tower; use a Qwen-VL")
-        forbidden = sorted(self.tokens.forbidden)
-        self.forbidden = torch.tensor(forbidden, dtype=torch.long, device=self.device)
+        self.forbidden = torch.tensor(
+            sorted(self.tokens.forbidden), dtype=torch.long, device=self.device
+        )
         # --full on a GPU: fp32 weights, bf16 products. Else products have the weights' own type.
-        fp32 = model.dtype == torch.float32
-        self.mixed = fp32 and loading.product_dtype(self.device) == torch.bfloat16
+        bf16_products = loading.product_dtype(self.device) == torch.bfloat16
+        self.mixed = bf16_products and model.dtype == torch.float32
         # For the decoder and for the head's product, and for nothing else while scoring: autocast
         # would bring dot products and the value head to bf16. Sampling stands within one such block
         # as a whole, since the casts of the weights are kept until the outermost one ends.
-        bf16 = (self.device.type, torch.bfloat16)
-        self.autocast = partial(torch.autocast, *bf16, enabled=self.mixed)
+        self.autocast = partial(
+            torch.autocast, self.device.type, torch.bfloat16, enabled=self.mixed
+        )
         self.cache_argument = loading.cache_argument(model)
         self.replay = self.device.type == "cuda"  # decoding steps, as CUDA graphs
         self.least_span = 256 if self.replay else 64  # that a step looks at
@@ -378,8 +380,8 @@ class Policy:
             shares_tower = self.vision and not use.train_vision
             self.frozen = loading.frozen_copy(model, self.mixed, shares_tower)
             if use.critic == "lora":  # with these adapters it is the critic, without the reference
-                decoder = self.frozen.get_decoder()
-                add_lora(decoder, use.critic_rank, self.switch, ["critic"], use.seed)
+                copied = self.frozen.get_decoder()
+                add_lora(copied, use.critic_rank, self.switch, ["critic"], use.seed)
         if use.checkpointing:
             # When the layers run again other adapters may be in force: each remembers its own.
             loading.enable_checkpointing(

@@ -3,8 +3,6 @@
 import sys
 from collections.abc import Callable
 
-import torch
-
 
 class UsageError(ValueError):
     """A mistake that the user can mend: shown as one line, without a traceback, exit code 2."""
@@ -18,7 +16,8 @@ def first_line(error: Exception) -> str:
 def ran_out(error: RuntimeError) -> bool:
     """Whether it says that a GPU's memory is full; cuBLAS and cuDNN have names of their own."""
     full = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in full)
+    kind = type(error).__name__  # torch itself is not imported: rewards.py does without
+    return kind == "OutOfMemoryError" or any(name in str(error) for name in full)
 
 
 def run(main: Callable[[], None], name: str) -> None:
