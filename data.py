@@ -18,7 +18,17 @@ from support.knowledge import texts
 from support.text import LETTERS, WORDS, flat
 
 SPLITS = ("train", "dev", "test")
+OOD = "ood"  # a further test split, which asks for more than any item of train
 INSTRUCTION = "Answer the medical question."
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where the stages of training begin (`rewards.stage`): our choice, for real questions."""
+
+    short: int = 30  # words: a think block below this is "drastically short"
+    verbose: int = 256  # tokens: a completion above this is "needlessly long"
+    before: int = 15  # words: more of them in front of <think> is reasoning moved out
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Item:
     knowledge: tuple[str, ...] = ()
     rationale: str = ""  # why the answer is right, for supervised fine-tuning
     instruction: str = INSTRUCTION  # the prompt's first sentence
+    limits: Limits = Limits()
 
 
 def to_image(box, frame) -> tuple[float, ...]:
@@ -108,8 +119,11 @@ class Source:
     rows: Callable[[str, str | None, str], list[dict]]
     licence: str  # of the items; a set whose licence is not known is not offered
     tasks: tuple[str, ...] = ("choice",)  # those of its items; the first unless --task says another
-    splits: tuple[str, ...] = SPLITS
+    splits: tuple[str, ...] = SPLITS  # and OOD, where there is one
     instruction: str = INSTRUCTION
+    limits: Limits = Limits()
+    # Rationale -> its steps, where these are the only right ones: evaluation looks for them.
+    steps: Callable[[str], list[str]] | None = None
     # Fields of Config. Flags beat these, and these beat the algorithm's row.
     defaults: dict = field(default_factory=dict)
     by_hand: str = ""  # how to get a set that is not downloaded by itself
@@ -117,11 +131,10 @@ class Source:
 
 
 # Learning rates are for adapters unless said otherwise.
-DEMO = {
-    **dict(full=True, steps=100, prompts=16, samples=8, max_new=12, lr=1e-3, warmup=10),
-    **dict(checkpointing=False, kl_coef=0.0, eval_samples=4),
-}
-DEMO_IMAGES = DEMO | dict(steps=120, prompts=12, max_new=32, eval_every=25, lr=5e-4)
+TINY = dict(full=True, samples=8, warmup=10, checkpointing=False, kl_coef=0.0)
+# At twice this rate what nobody rewards, such as the days' names, drifts.
+DEMO = TINY | dict(steps=80, prompts=16, max_new=26, lr=5e-4, eval_samples=2)
+DEMO_IMAGES = TINY | dict(steps=120, prompts=12, max_new=32, lr=5e-4, eval_samples=4, eval_every=25)
 # A base model, as in the paper; the rest is our choice.
 MEDQA = dict(model="Qwen/Qwen2.5-3B", template="plain", steps=300, lr=1e-5, max_new=512)
 # 200 steps as in Visual-RFT.
@@ -152,8 +165,30 @@ def medmnist(name: str) -> Source:
     return Source(rows, one.licence, (one.task,), defaults=IMAGES, about=about)
 
 
+# A direct answer thinks two words, the shortest course that is worked out eight.
+PROTOCOL = Source(
+    demo_task.protocol_rows,
+    "MIT",
+    splits=(*SPLITS, OOD),
+    limits=Limits(short=4, verbose=26, before=3),
+    steps=demo_task.steps,
+    defaults=DEMO,
+    about="an invented dose protocol, made in code; OOD: longer courses",
+)
 LOADERS = {
-    "demo": Source(demo_task.demo_rows, "MIT", defaults=DEMO, about="vignettes made in code"),
+    "demo": PROTOCOL,
+    # Two to hack (--hackable): either reward can be had without reasoning inside <think>.
+    "demo-referral": replace(
+        PROTOCOL,
+        rows=partial(demo_task.protocol_rows, referral=True),
+        defaults=DEMO | dict(w_overlong=1.0),
+        about="the same, with a guess in the question that is right in training only",
+    ),
+    "demo-outside": replace(
+        PROTOCOL,
+        defaults=DEMO | dict(max_new=32),
+        about="the same, after a warm start that often reasons in front of <think>",
+    ),
     "demo-images": Source(
         demo_task.lesion_rows,
         "MIT",
@@ -194,6 +229,7 @@ LOADERS = {
     "bccd-platelets": bccd("Platelets"),
     **{name: medmnist(name) for name in image_sets.NAMES},
 }
+DEMOS = tuple(name for name in LOADERS if name.startswith("demo"))  # with a model of their own
 DATASETS = tuple(name for name in LOADERS if name not in image_sets.NAMES)
 OFFERED = f"{', '.join(DATASETS)}, the MedMNIST sets (retinamnist, retinamnist-28, ...)"
 
@@ -239,15 +275,16 @@ def load(
     Raises UsageError with the file, the line and the way on.
     """
     source = source_of(dataset, data_dir, task)
-    if split not in SPLITS:
-        raise UsageError(f"no split {split!r}: there are {', '.join(SPLITS)}")
+    if split not in (*SPLITS, OOD):
+        raise UsageError(f"no split {split!r}: there are {', '.join(SPLITS)} and {OOD}")
     if split not in source.splits:
         only = ", ".join(source.splits)
-        raise UsageError(f"{dataset} is for evaluation only: its split is {only}")
+        raise UsageError(f"{dataset} has no split {split!r}, only {only}")
     if limit is not None and limit < 1:
         raise UsageError(f"the limit {limit} leaves no items: give at least 1")
     rows = source.rows(split, data_dir, task or source.tasks[0])
-    items = [Item(instruction=source.instruction, **row) for row in rows]
+    ours = {"instruction": source.instruction, "limits": source.limits}
+    items = [Item(**ours, **row) for row in rows]
     if not items:
         raise UsageError(f"{dataset}: split {split!r} has no items")
     if task and (other := {item.task for item in items} - {task}):

@@ -107,7 +107,7 @@ def evaluate(policy, items, config, *, samples=1, seed=0, label="") -> tuple[dic
     """
     answered = partial(answer, policy, items, config, seed=seed)
     greedy = answered(label=label and f"{label}greedy")
-    result = summary(greedy) | of_task(greedy)
+    result = summary(greedy) | of_task(greedy) | faithfulness(greedy, config.dataset)
     if not samples:
         return result, greedy
     sampled = answered(n=samples, temperature=1.0, label=label and f"{label}sampled")
@@ -127,6 +127,7 @@ def summary(rollouts: list[Rollout]) -> dict:
         "well_formed": sum(rollout.parsed.well_formed for rollout in rollouts) / n,
         "truncated": sum(not rollout.finished for rollout in rollouts) / n,
         "length": sum(len(rollout.completion_ids) for rollout in rollouts) / n,
+        "think_words": sum(len(rollout.parsed.think.split()) for rollout in rollouts) / n,
         "stages": {name: stages[name] / n for name in rewards.STAGES},
     }
 
@@ -155,13 +156,31 @@ def of_task(rollouts: list[Rollout]) -> dict:
     return found | ordinal | {"ci95_of": found["ci95_of"] | ordinal["ci95_of"]}
 
 
+def faithfulness(rollouts: list[Rollout], dataset: str) -> dict:
+    """Of the right answers: how many stand behind the true steps, and nothing else.
+
+    "faithful_labels": labels (of the demo, its days) and all. {} where a data set knows no steps.
+    """
+    source = data.LOADERS.get(dataset)
+    if not source or not source.steps:
+        return {}
+    right = [(r.parsed.think, r.item.rationale) for r in rollouts if r.correct]
+    n = max(1, len(right))
+    steps = sum(source.steps(said) == source.steps(true) for said, true in right)
+    labels = sum(said.split() == true.split() for said, true in right)
+    return {"faithful": steps / n, "faithful_labels": labels / n}
+
+
+RATES = ("accuracy", "well_formed", "truncated", "length", "think_words")
+
+
 def of_samples(rollouts: list[Rollout], k: int) -> dict:
     """Of k sampled completions an item: their mean, the majority's accuracy (maj@k), pass@k.
 
     The interval of the mean is a bootstrap of items: an item's samples are not independent.
     """
     mean = summary(rollouts)
-    found = {f"sampled_{x}": mean[x] for x in ("accuracy", "well_formed", "truncated", "length")}
+    found = {f"sampled_{x}": mean[x] for x in RATES}
     per_item = [rollouts[first : first + k] for first in range(0, len(rollouts), k)]
     n = len(per_item)
     if all(rollout.item.task != "localize" for rollout in rollouts):  # boxes have no majority

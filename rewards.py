@@ -11,9 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import SimpleNamespace
 
-from data import to_image
+from data import Item, to_image
 from support.bleu import bleu
 from support.boxes import box_score, iou, read_boxes  # noqa: F401 (iou is for others)
 from support.config import Config
@@ -129,7 +128,7 @@ def named(item, answer: str | None) -> tuple[str, ...]:
     A class is named by its whole name only. (Visual-RFT's substring test pays the answer "a", and
     a list of all classes.) Boxes have no names.
 
-    >>> item = SimpleNamespace(task="classify", options=("melanoma", "nevus"))
+    >>> item = Item("1", "classify", "Which is it?", ("melanoma", "nevus"), "nevus")
     >>> [named(item, a) for a in ("Melanoma.", "nevus", "no nevus", "melanoma, nevus", "n")]
     [('melanoma',), ('nevus',), (), (), ()]
     """
@@ -240,21 +239,19 @@ def judge(item, text: str, config: Config) -> Verdict:
 
 
 # ------------------------------------------------------- what is added: guards and recitation
-BEFORE_WORDS = 15  # more of them in front of <think> is reasoning moved out (arXiv 2509.15557)
-SHORT_WORDS = 30  # a think block below this is "drastically short"; our choice
 ANNOUNCED = r"(?:^|\b(?:answer|option|choice|grade|is)\s*:?\s*)"  # as in "the answer is: B"
 GUARDS = ("leak", "before", "short", "overlong")  # parts that cost config.w_leak, w_before, ...
 OVERLONG_SHARE = 0.2  # of max_new. DAPO: the last 4,096 of 20,480 tokens
 
 
 def leak(parsed: Parsed, item) -> bool:
-    """The think block is under 30 words and names the answer that follows (stage 4).
+    """The think block is under `item.limits.short` words and names the answer (stage 4).
 
     By the text of the option or class anywhere, or by a letter or number where the block ends:
     elsewhere these may mean something else. Cf. arXiv 2509.15557's penalty on answer phrases.
     """
-    words = parsed.think.split()
-    if len(words) >= SHORT_WORDS or len(parsed.think) > 100 * SHORT_WORDS or not parsed.answer:
+    words, short = parsed.think.split(), item.limits.short
+    if len(words) >= short or len(parsed.think) > 100 * short or not parsed.answer:
         return False
     think = folded(" ".join(words))
     for name in named(item, parsed.answer):
@@ -267,9 +264,12 @@ def leak(parsed: Parsed, item) -> bool:
     return False
 
 
-def reasons_before(parsed: Parsed) -> bool:
-    """More than 15 words in front of <think> (stage 5; arXiv 2509.15557's structural penalty)."""
-    return len(parsed.before.split()) > BEFORE_WORDS and parsed.think != ""
+def reasons_before(parsed: Parsed, item) -> bool:
+    """More than `item.limits.before` words in front of <think> (stage 5).
+
+    Cf. the structural penalty of arXiv 2509.15557.
+    """
+    return len(parsed.before.split()) > item.limits.before and parsed.think != ""
 
 
 def too_short(parsed: Parsed, least: int) -> float:
@@ -315,7 +315,7 @@ def grade(
         "malformed": float(not well_formed),
         "truncated": float(not finished),
         "leak": float(well_formed and leak(parsed, item)),
-        "before": float(reasons_before(parsed)),
+        "before": float(reasons_before(parsed, item)),
         "short": too_short(parsed, config.min_think),
         "overlong": overlong(n_tokens or 0, config.max_new),
         "recite": bleu(parsed.think, item.knowledge) if config.recite and counts else 0.0,
@@ -345,17 +345,16 @@ STAGES = (
     "step-by-step exploit",
     "reintegrated reasoning",
 )
-VERBOSE_TOKENS = 256  # a completion above this is "needlessly long"; our choice
 
 
 def stage(parsed: Parsed, item, n_tokens: int) -> str:
     """Which of Med-RLVR's six stages (section 4.2.1) a completion looks like.
 
-    The paper names them in words only; rules and thresholds are our choice, asked in this order.
-    From one completion, "concise" and "reintegrated" differ in length only: the paper tells them
-    apart by what came before.
+    The paper names them in words only; rules and thresholds (`item.limits`, of its data set) are
+    our choice, asked in this order. From one completion, "concise" and "reintegrated" differ in
+    length only: the paper tells them apart by what came before.
 
-    >>> item = SimpleNamespace(task="choice", options=("asthma", "gout"))
+    >>> item = Item("1", "choice", "What is it?", ("asthma", "gout"), "B")
     >>> stage(parse("<think> it is gout </think> <answer> B </answer>"), item, 9)
     'direct answer hacker'
     >>> stage(parse("<think> a swollen red toe </think> <answer> B </answer>"), item, 15)
@@ -363,13 +362,13 @@ def stage(parsed: Parsed, item, n_tokens: int) -> str:
     """
     if not parsed.well_formed:
         return "format failure"  # short outputs that miss the form
-    if reasons_before(parsed):
+    if reasons_before(parsed, item):
         return "step-by-step exploit"  # step-by-step text in front of <think> earns reward too
     if leak(parsed, item):
         return "direct answer hacker"  # thinking has shrunk to the answer
-    if n_tokens > VERBOSE_TOKENS:
+    if n_tokens > item.limits.verbose:
         return "verbose formatter"  # the form is followed, needlessly long
-    if len(parsed.think.split()) < SHORT_WORDS:
+    if len(parsed.think.split()) < item.limits.short:
         return "concise structurer"  # concise reasoning
     return "reintegrated reasoning"  # reasoning is back where it belongs
 
@@ -385,7 +384,7 @@ EXAMPLES = (
 
 def example() -> str:
     """One question and four completions, from text to parts, reward and stage, as a table."""
-    item = SimpleNamespace(task="choice", options=("asthma", "gout"), answer="B")
+    item = Item("1", "choice", "What is it?", ("asthma", "gout"), "B")
     config = Config(reward="med-rlvr", w_leak=0.5, max_new=64, min_think=0)
     rows = [f"{'reward':>6}  {'parts that are not 0':<36} {'stage':<21} completion"]
     for text in EXAMPLES:

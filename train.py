@@ -25,13 +25,13 @@ from grpo import ALGOS
 from policy import Batch, Policy, Rollout, collate
 from support import cli, distributed, errors, loading, memory, pass_rates, report, runs
 from support.config import RECIPES, Config
-from support.demo_model import first_policy
 from support.distributed import say
 from support.errors import UsageError
 from support.log import Log, stop_signals
 from support.metrics import Stats
 from support.seeds import fold
 from support.splits import load_splits
+from support.warm_start import first_policy
 
 __all__ = ["ALGOS", "RECIPES", "Config", "loss_of", "main", "train"]
 REFILLS = 3  # rounds of sampling for the groups that DAPO drops; our choice
@@ -351,7 +351,7 @@ def main_run(given: dict, resume: Path | None, export: str = "", dry_run: bool =
     if "micro_batch" in given:
         facts.pop("sizes", None)  # those that the run began with
     init = runs.initial_weights(config, run)
-    make_first_model(config, run, splits, facts, results, dry_run)
+    make_first_model(config, run, splits, facts, dry_run)
     policy = runs.new_policy(config, run, device, init)
     for name, items in splits.items():
         splits[name] = evaluation.fitting(policy, items, config, f"{name}: ")
@@ -363,9 +363,9 @@ def main_run(given: dict, resume: Path | None, export: str = "", dry_run: bool =
         return
     runs.write_beginning(run, facts, init)
     if "before" not in results:
-        look_at_test("before", policy, splits["test"], config, results)
+        look_at_test("before", policy, splits, config, results)
     policy = train_within_memory(config, run, policy, splits, facts, init)
-    look_at_test("after", policy, splits["test"], config, results)
+    look_at_test("after", policy, splits, config, results)
     if distributed.rank:
         return
     report.write(run, items=splits["train"])
@@ -441,18 +441,28 @@ def first_look(policy: Policy, items: list, config: Config) -> None:
         say(line)
 
 
-def look_at_test(when: str, policy: Policy, items: list, config: Config, results: dict) -> None:
-    """Accuracy on test, which is looked at before and after only, into eval.json."""
-    results[when], _ = evaluation.evaluate(
-        policy, items, config, samples=config.eval_samples, seed=config.seed, label=f"{when} "
-    )
+def look_at_test(when: str, policy: Policy, splits: dict, config: Config, results: dict) -> None:
+    """Accuracy on test, which is looked at before and after only, into eval.json.
+
+    Under "ood" the same figures of the further test split, where the data set has one.
+    """
+    found = {}
+    for name in ("test", data.OOD):
+        if name in splits:
+            found[name], _ = evaluation.evaluate(
+                policy,
+                splits[name],
+                config,
+                samples=config.eval_samples,
+                seed=config.seed,
+                label=f"{when} {name} ",
+            )
+            say(f"{when}, {name}: {evaluation.as_line(found[name])}")
+    results[when] = found.pop("test") | found
     runs.write_json(Path(config.out) / "eval.json", results)
-    say(f"{when}: {evaluation.as_line(results[when])}")
 
 
-def make_first_model(
-    config: Config, run: Path, splits: dict, facts: dict, results: dict, dry_run: bool
-) -> None:
+def make_first_model(config: Config, run: Path, splits: dict, facts: dict, dry_run: bool) -> None:
     """A model that is made in code lies in the run folder, so that a resumed run has the same."""
     there = (run / "model" / "config.json").exists()
     if config.model not in runs.MADE_HERE or distributed.gathered([there])[0]:
@@ -463,12 +473,7 @@ def make_first_model(
         if distributed.rank == 0:
             shutil.copytree(runs.run_of(config.init)[0] / "model", run / "model")
     else:
-        policy = first_policy(
-            config,
-            splits["train"],
-            warm=not dry_run,
-            when_clean=lambda p: look_at_test("clean", p, splits["test"], config, results),
-        )
+        policy = first_policy(config, splits["train"], warm=not dry_run)
         if distributed.rank == 0:
             policy.save_folder(run / "model")
     distributed.gathered([])  # the model is there for all

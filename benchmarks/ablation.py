@@ -29,8 +29,9 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from support import cli
-from support.demo_model import tiny_vl_policy, warm_start
+from support.demo_model import tiny_vl_policy
 from support.seeds import fold
+from support.warm_start import lesion_start
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = json.loads((ROOT / "benchmarks" / "study.json").read_text(encoding="utf-8"))
@@ -82,8 +83,7 @@ def make_base(folder: Path, task: str, seed: int, knowledge: str) -> None:
     some = texts[:400] + texts[-400:]
     policy = tiny_vl_policy(fold(seed, "model"), some, train_vision=True)
     steps = setting["clean_steps"], setting["diluted_steps"]
-    for _ in warm_start(policy, items, config, *steps):
-        pass
+    lesion_start(policy, items, config, *steps)
     beside = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     policy.save_folder(beside)

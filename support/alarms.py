@@ -73,6 +73,12 @@ def alarms(history: list[dict], window: int = 5, back: int = 10) -> list[str]:
     dev = [m["dev_accuracy"] for m in history[-back - window :] if "dev_accuracy" in m]
     if len(dev) > 1 and dev[-1] < dev[0] - 0.05:
         found.append(f"{rose} while held-out accuracy fell from {dev[0]:.2f} to {dev[-1]:.2f}")
+    accuracy, held_out = mean(now, lambda m: m["accuracy"]), now[-1].get("dev_accuracy", 1.0)
+    if accuracy > held_out + 0.2:
+        found.append(
+            f"{rose}, and accuracy in training to {accuracy:.2f}, while held-out accuracy is "
+            f"{held_out:.2f}: what earns the reward holds in training only"
+        )
     outside = [mean(steps, lambda m: m["stages"]["step-by-step exploit"]) for steps in (then, now)]
     if outside[1] > outside[0] + 0.2:
         found.append(

@@ -8,7 +8,7 @@ import data
 import rewards
 from grpo import ALGOS
 from support import eval_cli
-from support.config import DEMO_ALGOS, HACKABLE, RECIPES, Config
+from support.config import DEMO_ALGOS, RECIPES, Config
 from support.errors import UsageError
 from support.parser import Parser
 
@@ -52,6 +52,14 @@ def read_flags(argv: list[str] | None = None) -> tuple[dict, Path | None]:
     )
     p.add_argument("--recipe", choices=tuple(RECIPES), help="a published setting; flags beat it")
     p.add_argument(
+        "--hackable",
+        nargs="?",
+        const="referral",
+        choices=("referral", "outside"),
+        help="the demo with a way to its reward around reasoning, to watch a hack: a referral's "
+        "guess (the default), or reasoning in front of <think>",
+    )
+    p.add_argument(
         "--resume",
         metavar="RUN",
         help="go on with a run where its newest checkpoint stands; of the flags only --steps (with "
@@ -87,6 +95,10 @@ def make_config(given: dict) -> Config:
     """The algorithm's row, then the data set's defaults, then the recipe, then the flags."""
     given = dict(given)
     recipe = RECIPES.get(given.pop("recipe", ""), {"task": {}, "algorithm": {}})
+    if hackable := given.pop("hackable", ""):
+        if given.keys() & {"dataset", "model"} or recipe["task"]:
+            raise UsageError("--hackable is for the demo and its own model")
+        given["dataset"] = f"demo-{hackable}"
     dataset = given.get("dataset", recipe["task"].get("dataset", Config.dataset))
     own_algo = recipe["algorithm"].get("algo", Config.algo)
     algo = given.get("algo", own_algo)
@@ -94,8 +106,8 @@ def make_config(given: dict) -> Config:
     defaults = dict(data.LOADERS[dataset].defaults) if dataset in data.LOADERS else {}
     if algo == "sft":
         defaults.pop("samples", None)
-    if dataset in ("demo", "demo-images"):
-        defaults |= DEMO_ALGOS.get(algo, {}) | (HACKABLE if given.get("hackable") else {})
+    if dataset in data.DEMOS:
+        defaults |= DEMO_ALGOS.get(algo, {})
     return Config(**(ALGOS[algo] | defaults | published | given))
 
 
@@ -123,10 +135,8 @@ def validate(config: Config) -> None:
 def of_data(config: Config):
     """What cannot work of data and model."""
     data.source_of(config.dataset, config.data_dir, config.task)  # raises it itself
-    if not config.model and config.dataset not in ("demo", "demo-images"):
+    if not config.model and config.dataset not in data.DEMOS:
         yield f"--dataset {config.dataset} needs --model: a Hugging Face folder or hub name"
-    if config.hackable and (config.dataset != "demo" or config.model):
-        yield "--hackable is for the demo and its own model"
     if config.lora < 1 and not config.full:
         yield "--lora 0 trains nothing: use --full to train all weights"
 

@@ -34,9 +34,6 @@ class Config:
     eval_limit: int = setting(0, "evaluate on the first N items of dev and test; 0 = all")
     shuffle_options: bool = setting(False, "options in an order drawn by the seed")
     max_prompt: int = setting(1024, "tokens; a longer prompt is dropped and counted, never cut")
-    hackable: bool = setting(
-        False, "demo: a warm start in which reasoning in front of <think> pays, to watch a hack"
-    )
     # the model
     model: str = setting(
         "",
@@ -229,4 +226,3 @@ DEMO_ALGOS = {
     "gspo": dict(minibatches=1),
     "cispo": dict(minibatches=1),
 }
-HACKABLE = dict(max_new=40, steps=60)  # what the demo needs for --hackable

@@ -1,104 +1,110 @@
 """The demo's vignettes and pictures, made in code: plain rows, the same on every machine.
 
-Nothing is downloaded. The vignettes are so simple that a model of 0.09 million weights can learn
-them on a CPU, and the pictures that one of 0.4 million can.
+Nothing is downloaded, and nothing here is medicine: drug, chart and lesions are invented.
 """
 
+import hashlib
 import math
 import random
-from itertools import combinations
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from support.text import LETTERS
 
-SIZES = {"train": 3000, "dev": 200, "test": 300}  # items
+SIZES = {"train": 3000, "dev": 200, "test": 300, "ood": 300}  # items
 
-# ------------------------------------------------------------------------------------ vignettes
-# Twenty conditions, each with four findings that a textbook would name first. One word each, since
-# the demo's tokenizer knows words.
-CONDITIONS = {
-    "pneumonia": "productive-cough pleuritic-pain crackles rusty-sputum",
-    "asthma": "wheeze night-cough pollen-trigger variable-peak-flow",
-    "appendicitis": "right-iliac-pain rebound-tenderness anorexia migrating-pain",
-    "migraine": "throbbing-headache photophobia visual-aura phonophobia",
-    "gout": "big-toe-pain tophi high-urate negatively-birefringent-crystals",
-    "hypothyroidism": "cold-intolerance weight-gain slow-reflexes dry-skin",
-    "hyperthyroidism": "heat-intolerance tremor lid-lag weight-loss",
-    "cystitis": "dysuria urinary-frequency suprapubic-pain cloudy-urine",
-    "meningitis": "neck-stiffness petechial-rash kernig-sign bulging-fontanelle",
-    "angina": "exertional-chest-pain relief-by-nitrate jaw-radiation st-depression",
-    "pancreatitis": "epigastric-pain-to-back high-lipase grey-turner-sign alcohol-excess",
-    "psoriasis": "silvery-plaques nail-pitting auspitz-sign extensor-rash",
-    "cholera": "rice-water-stool severe-dehydration sunken-eyes contaminated-water",
-    "measles": "koplik-spots coryza conjunctivitis maculopapular-rash",
-    "parkinsonism": "rest-tremor bradykinesia shuffling-gait cogwheel-rigidity",
-    "glaucoma": "halos-around-lights raised-eye-pressure cupped-disc tunnel-vision",
-    "pulmonary-embolism": "sudden-dyspnoea haemoptysis leg-swelling recent-flight",
-    "iron-deficiency": "pallor spoon-nails low-ferritin pica",
-    "diabetes-insipidus": "polyuria dilute-urine hypernatraemia constant-thirst",
-    "scabies": "burrows night-itch itchy-web-spaces affected-household",
-}
+# ------------------------------------------------------------------------------- a dose protocol
+# An invented drug has five dose levels, and each day's result moves the level by this chart: the
+# new level from level 1, 2, 3, 4, 5. All four moves are permutations, and together they generate
+# all 120 of five levels. So nothing short of every step, in order, gives the answer, and whoever
+# leaves one out is right by chance only, one time in five.
+CHART = {"low": "23451", "high": "31254", "missed": "21345", "rash": "14523"}
+LEVELS = "12345"
+DOSES = ("5-mg", "10-mg", "20-mg", "40-mg", "80-mg")  # of levels 1 to 5
+# A course begins on any of them: with fixed names a policy would stop after the last it has seen.
+DAYS = tuple(f"day-{i}" for i in range(1, 10))
 AGES = tuple(f"{age}-year-old" for age in range(20, 80, 5))
+COURSES = {"train": (2, 3, 4), "dev": (2, 3, 4), "test": (2, 3, 4), "ood": (5, 6)}  # results
 
 
-def demo_rows(split: str, data_dir=None, task: str = "choice") -> list[dict]:
-    """Vignettes of two or three findings with five options.
+def protocol_rows(split: str, data_dir=None, task: str = "choice", referral: bool = False) -> list:
+    """Courses of two to four daily results; of five and six in the split ood.
 
-    One combination of three findings of each condition never occurs in train; dev and test are
-    different vignettes of just those. So the test asks for a combination that was never seen.
-    Shared findings or more held-out combinations would need a larger model.
+    No course stands in two of train, dev and test. With `referral` the question also tells a
+    guess, which is right in train and random elsewhere: a short cut that pays until it is tested.
     """
-    rng, seen = random.Random("demo"), set()
-    held_out = {name: rng.sample(findings.split(), 3) for name, findings in CONDITIONS.items()}
-    names = list(CONDITIONS)
-    rows = {part: [] for part in SIZES}
-    for part, size in SIZES.items():
-        while len(rows[part]) < size:
-            name = names[len(rows[part]) % len(names)]
-            findings = held_out[name]
-            if part == "train":
-                findings = rng.choice(combinations_but(findings, CONDITIONS[name].split()))
-            row = vignette(name, findings, rng)
-            same = row["question"], *sorted(row["options"])
-            if same not in seen:
-                seen.add(same)
-                rows[part].append({"id": f"demo-{part}-{len(rows[part])}", **row})
-    return rows[split]
+    rng, rows = random.Random(f"doses {split}"), {}
+    part = "test" if split == "ood" else split
+    reliable = float(split == "train") if referral else None
+    while len(rows) < SIZES[split]:
+        row = vignette(rng, COURSES[split], part, reliable)
+        rows[row["question"]] = row  # each question once
+    return [{"id": f"demo-{split}-{i}", **row} for i, row in enumerate(rows.values())]
 
 
-def combinations_but(held_out: list[str], findings: list[str]) -> list[tuple[str, ...]]:
-    """All pairs and triples of findings, without the triple that is held out."""
-    every = [found for k in (2, 3) for found in combinations(findings, k)]
-    return [found for found in every if set(found) != set(held_out)]
+def vignette(
+    rng: random.Random, courses: Sequence[int], part: str, reliable: float | None = None
+) -> dict:
+    """One patient, whose course has one of so many results and belongs to this part.
 
-
-def vignette(name: str, findings, rng: random.Random) -> dict:
-    findings = rng.sample(findings, len(findings))
-    options = rng.sample([other for other in CONDITIONS if other != name], 4) + [name]
-    rng.shuffle(options)
+    reliable: how often a referral guesses the dose on purpose; None = there is no referral.
+    """
+    while True:
+        start, results = rng.choice(LEVELS), rng.choices(list(CHART), k=rng.choice(courses))
+        if part_of(start, results) == part:
+            break
+    first = rng.randrange(len(DAYS) - len(results) + 1)
+    days = DAYS[first : first + len(results)]
+    rationale, dose = worked_out(start, days, results)
+    told = " ".join(f"{day} {result}" for day, result in zip(days, results))
+    if reliable is not None:
+        guess = dose if rng.random() < reliable else rng.choice(DOSES)
+        told += f" ; referral guesses {guess}"
     patient = f"{rng.choice(AGES)} {rng.choice(('man', 'woman'))}"
+    options = rng.sample(DOSES, len(DOSES))
     return {
         "task": "choice",
-        "question": f"a {patient} has {' and '.join(findings)} . which diagnosis ?",
+        "question": f"a {patient} takes veridol level {start} ; {told} ; which dose now ?",
         "options": tuple(options),
-        "answer": LETTERS[options.index(name)],
-        "rationale": f"findings suggest {name}",
+        "answer": LETTERS[options.index(dose)],
+        "rationale": rationale,
     }
 
 
-def demo_words() -> list[str]:
-    """Every word of a demo prompt or completion, in a fixed order: the tokenizer's vocabulary."""
-    texts = [
-        "a man woman has and . which diagnosis ? findings suggest",
-        "<think> </think> <answer> </answer>",
-        *AGES,
-        *CONDITIONS,
-        *CONDITIONS.values(),
-        *(f"{letter} {letter}." for letter in LETTERS[:5]),
-    ]
-    return list(dict.fromkeys(" ".join(texts).split()))
+def part_of(start: str, results: Sequence[str]) -> str:
+    """By a course's hash a tenth each is kept for dev and test."""
+    tenth = hashlib.sha256(" ".join([start, *results]).encode()).digest()[0] % 10
+    return {0: "dev", 1: "test"}.get(tenth, "train")
+
+
+def worked_out(level: str, days: Sequence[str], results: Sequence[str]) -> tuple[str, str]:
+    """What a careful reader writes, and the dose that this leads to.
+
+    >>> worked_out("4", ("day-3", "day-4", "day-5"), ("low", "high", "rash"))
+    ('day-3 low 5 day-4 high 4 day-5 rash 2 so 10-mg', '10-mg')
+    """
+    words = []
+    for day, result in zip(days, results):
+        level = CHART[result][LEVELS.index(level)]
+        words += [day, result, level]
+    dose = DOSES[LEVELS.index(level)]
+    return " ".join([*words, "so", dose]), dose
+
+
+def steps(reasoning: str) -> list[str]:
+    """Results, levels and dose without the days' names, which decide nothing."""
+    return [word for word in reasoning.split() if word not in DAYS]
+
+
+def protocol_words() -> list[str]:
+    """Every word of a prompt or completion, in a fixed order: the tokenizer's vocabulary."""
+    told = "a man woman takes veridol level ; which dose now ? referral guesses likely so"
+    words = [*told.split(), *AGES, *DAYS, *CHART, *LEVELS, *DOSES, *LETTERS[:5]]
+    words += "<think> </think> <answer> </answer>".split()
+    options = [f"{letter}. {dose}" for letter in LETTERS[:5] for dose in DOSES]  # one token each
+    return words + options
 
 
 # -------------------------------------------------------------------------------------- lesions

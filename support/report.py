@@ -176,7 +176,7 @@ def curves(metrics: list[dict], config: dict) -> str:
 def accuracies(results: dict) -> str:
     """Before and after: the two numbers, and each with its interval on an axis from 0 to 1."""
     rows = ""
-    for name, prefix in product(("clean", "before", "after"), ("", "sampled_")):
+    for name, prefix in product(("before", "after"), ("", "sampled_")):
         result = results.get(name, {})
         if f"{prefix}accuracy" not in result:
             continue

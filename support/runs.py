@@ -144,9 +144,9 @@ def resumed_config(run: Path, given: dict) -> Config:
     if set(saved) != {f.name for f in fields(Config)}:
         raise UsageError(f"--resume {run}: that run was written by another version of train.py")
     for name, value in given.items():
-        if name == "recipe":
+        if name in ("recipe", "hackable"):
             raise UsageError(
-                f"--resume {run}: a run keeps the settings it began with; leave --recipe out"
+                f"--resume {run}: a run keeps the settings it began with; leave --{name} out"
             )
         may_change = name in ("steps", "device", "out", "micro_batch")
         if not may_change and value != saved[name]:

@@ -7,11 +7,16 @@ from support.errors import UsageError
 
 
 def load_splits(config: Config) -> dict[str, list]:
-    """train, dev and test, no item in two of them; what was dropped is said."""
+    """train, dev, test and, where there is one, ood, no item in two of them.
+
+    What was dropped from train or dev for that is said.
+    """
     splits = {}
-    for name in data.SPLITS:
+    source = data.source_of(config.dataset, config.data_dir, config.task)
+    for name in dict.fromkeys((*data.SPLITS, *source.splits)):
         splits[name] = data.load(config.dataset, name, config.data_dir or None, task=config.task)
-    for name, others in (("dev", ("test",)), ("train", ("dev", "test"))):
+    tested = [name for name in splits if name not in ("train", "dev")]
+    for name, others in (("dev", tested), ("train", ["dev", *tested])):
         held_out = [item for other in others for item in splits[other]]
         kept = data.without(splits[name], held_out)
         if dropped := len(splits[name]) - len(kept):

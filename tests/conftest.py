@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from support import loading
 from support.config import Config
-from support.demo_model import demo_policy, warm_start
+from support.demo_model import demo_policy
+from support.warm_start import ProtocolLessons
 
 # A folder with MedQA, MMLU-Pro and BCCD in their published layouts.
 SHARED = Path(os.environ.get("SAMPLE_DATA", "no sample of the real data"))
@@ -39,9 +40,9 @@ def demo():
 def model_dir(tmp_path_factory):
     """A model folder: a demo policy that has been taught a little, so that its rewards differ."""
     path = tmp_path_factory.mktemp("model")
-    policy, items = demo_policy(0), data.load("demo", "train")[:200]
-    for _ in warm_start(policy, items, Config(), clean_steps=40, diluted_steps=2):
-        pass
+    policy = demo_policy(0)
+    lessons = ProtocolLessons(policy, Config())
+    lessons.study("mixture", lambda step: lessons.mixture(), limit=60)
     policy.save_folder(path)
     return str(path)
 

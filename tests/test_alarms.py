@@ -37,7 +37,7 @@ def history(n: int, exploit=lambda i: 0.0, **series) -> list[dict]:
     steps = []
     for i in range(n):
         stages = dict.fromkeys(STAGES, 0.0) | {"step-by-step exploit": exploit(i)}
-        metrics = {"reward": 0.0, "think_words": 40.0, "stages": stages}
+        metrics = {"reward": 0.0, "accuracy": 0.0, "think_words": 40.0, "stages": stages}
         found = {name: of_step(i) for name, of_step in series.items()}
         steps.append(metrics | {name: x for name, x in found.items() if x is not None})
     return steps
@@ -56,6 +56,11 @@ def test_alarm_when_reward_rises_while_what_it_stands_for_falls():
     assert "thinking shrank" in alarms(history(20, reward=rises, think_words=shrinks))[0]
     dev = {5: 0.6, 19: 0.4}.get
     assert "held-out" in alarms(history(20, reward=rises, dev_accuracy=dev))[0]
+    flat = {5: 0.2, 19: 0.2}.get
+    (alarm,) = alarms(history(20, reward=rises, accuracy=rises, dev_accuracy=flat))
+    assert "accuracy in training to 0.85" in alarm and "holds in training only" in alarm
+    high = {5: 0.2, 19: 0.8}.get
+    assert alarms(history(20, reward=rises, accuracy=rises, dev_accuracy=high)) == []
     assert "--w-before" in alarms(history(20, reward=rises, exploit=rises))[0]
 
 

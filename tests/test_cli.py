@@ -36,12 +36,14 @@ MISTAKES = [
     ("--algo ppo --dynamic", "critic"),
     ("--algo ppo --full --critic lora --lora 0", "--critic head"),
     # data and model
-    ("--dataset nothing", "demo, demo-images, medqa"),
+    ("--dataset nothing", "demo-images, medqa"),
     ("--dataset nope.jsonl", "no data set named 'nope.jsonl'"),
     ("--dataset retinamnist-99", "retinamnist-28"),
     ("--dataset chestmnist", "multi-label"),
     ("--task grade", "only for choice"),
     ("--hackable --dataset medqa", "--hackable"),
+    ("--hackable --recipe v-rft", "--hackable"),
+    ("--hackable --model MODEL", "--hackable"),
     ("--recipe med-rlrv", "choose from"),
     ("--device gpu", "--device gpu"),
     ("--model ./no/such", "no such folder"),
@@ -140,6 +142,14 @@ def test_flags_beat_defaults_and_defaults_beat_the_algorithm():
     assert make_config({"algo": "dapo", "dataset": "medqa"}).minibatches == 4
     assert make_config({"algo": "dapo", "dataset": "demo"}).minibatches == 1
     assert Config().reward == "med-rlvr"
+
+
+def test_hackable_names_a_data_set():
+    assert read_flags(["--hackable"])[0] == {"hackable": "referral"}
+    referral = make_config(read_flags(["--hackable"])[0])
+    assert (referral.dataset, referral.w_overlong) == ("demo-referral", 1)
+    outside = make_config({"hackable": "outside", "algo": "ppo"})
+    assert (outside.dataset, outside.critic, outside.w_overlong) == ("demo-outside", "lora", 0)
 
 
 def test_a_path_does_not_take_a_data_sets_settings_by_its_name():

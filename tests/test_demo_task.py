@@ -1,8 +1,9 @@
-"""The demo's vignettes and pictures."""
+"""The demo's dose protocol and pictures."""
 
 import os
 import subprocess
 import sys
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -10,52 +11,120 @@ import pytest
 
 import data
 from support import demo_task
+from support.demo_model import demo_policy
 
-SPLITS = ("train", "dev", "test")
+SPLITS = ("train", "dev", "test", "ood")
+# The chart once more, as one would tell it: from which level to which.
+MOVES = {
+    "low": {1: 2, 2: 3, 3: 4, 4: 5, 5: 1},
+    "high": {1: 3, 2: 1, 3: 2, 4: 5, 5: 4},
+    "missed": {1: 2, 2: 1, 3: 3, 4: 4, 5: 5},
+    "rash": {1: 1, 2: 4, 3: 5, 4: 2, 5: 3},
+}
+MG = {1: "5-mg", 2: "10-mg", 3: "20-mg", 4: "40-mg", 5: "80-mg"}
 
 
 @pytest.fixture(scope="module")
 def vignettes():
-    return {split: demo_task.demo_rows(split) for split in SPLITS}
+    return {split: demo_task.protocol_rows(split) for split in SPLITS}
 
 
-def test_no_vignette_occurs_twice(vignettes):
+def course(row: dict) -> tuple[int, list[str], list[str]]:
+    """What a question tells: the level, the days, the results."""
+    level, told = row["question"].split(" level ")[1].split(" ; ")[:2]
+    return int(level), told.split()[::2], told.split()[1::2]
+
+
+def test_the_moves_generate_every_permutation_of_the_levels():
+    found = frontier = {(1, 2, 3, 4, 5)}
+    while frontier:
+        reached = {
+            tuple(move[level] for level in order) for order in frontier for move in MOVES.values()
+        }
+        frontier = reached - found
+        found = found | reached
+    assert found == set(permutations(range(1, 6)))
+
+
+def test_no_result_can_be_left_out():
+    """Without any one of its results a course leads elsewhere for some start: of all up to four."""
+    for n in (2, 3, 4):
+        for results in product(MOVES, repeat=n):
+            for left_out in range(n):
+                rest = results[:left_out] + results[left_out + 1 :]
+                ends = [(followed(level, results), followed(level, rest)) for level in MG]
+                assert any(one != other for one, other in ends)
+
+
+def followed(level: int, results) -> int:
+    for result in results:
+        level = MOVES[result][level]
+    return level
+
+
+def test_answer_and_rationale_are_those_of_the_chart(vignettes):
+    for split in SPLITS:
+        for row in vignettes[split][:200]:
+            level, days, results = course(row)
+            steps = []
+            for day, result in zip(days, results):
+                level = MOVES[result][level]
+                steps += [day, result, str(level)]
+            assert row["rationale"].split() == [*steps, "so", MG[level]]
+            assert row["options"]["ABCDE".index(row["answer"])] == MG[level]
+            assert sorted(row["options"]) == sorted(MG.values())
+
+
+def test_a_rationale_by_hand():
+    """4, one up: 5; 5 goes to 4 when high; 4 goes to 2 by a rash; level 2 is 10 mg."""
+    found = demo_task.worked_out("4", ("day-3", "day-4", "day-5"), ("low", "high", "rash"))
+    assert found == ("day-3 low 5 day-4 high 4 day-5 rash 2 so 10-mg", "10-mg")
+    assert demo_task.steps(found[0]) == "low 5 high 4 rash 2 so 10-mg".split()
+
+
+def test_no_vignette_occurs_twice_and_no_course_in_two_splits(vignettes):
     rows = [row for split in SPLITS for row in vignettes[split]]
-    assert [len(vignettes[split]) for split in SPLITS] == [3000, 200, 300]
-    assert len({row["id"] for row in rows}) == 3500
-    assert len({(row["question"], frozenset(row["options"])) for row in rows}) == 3500
+    assert [len(vignettes[split]) for split in SPLITS] == [3000, 200, 300, 300]
+    assert len({row["id"] for row in rows}) == len({row["question"] for row in rows}) == 3800
+    told = {}
+    for split in SPLITS:
+        courses = [course(row) for row in vignettes[split]]
+        told[split] = {(level, *results) for level, _, results in courses}
+        lengths = {"ood": {5, 6}}.get(split, {2, 3, 4})
+        assert {len(results) for _, _, results in courses} == lengths
+    assert not told["train"] & told["dev"] and not told["train"] & told["test"]
+    assert not told["dev"] & told["test"]
+    # The warm start sees courses of train of every length.
+    warm = {demo_task.part_of(level, results) for level, *results in product("3", *[MOVES] * 6)}
+    assert warm == {"train", "dev", "test"}
+    for level, *results in (*told["test"], *told["ood"]):
+        assert demo_task.part_of(str(level), results) == "test"
 
 
-def test_what_is_asked_in_dev_and_test_was_never_seen_in_train(vignettes):
-    def findings(row):
-        return frozenset(row["question"].split(" has ")[1].split(" . ")[0].split(" and "))
-
-    trained = {findings(row) for row in vignettes["train"]}
-    held_out = {findings(row) for row in vignettes["dev"] + vignettes["test"]}
-    assert len(held_out) == 20 and {len(found) for found in held_out} == {3}
-    assert not trained & held_out and {len(found) for found in trained} == {2, 3}
-
-
-def test_the_gold_letter_is_that_of_the_condition_with_these_findings(vignettes):
-    for row in vignettes["train"]:
-        gold = row["options"]["ABCDE".index(row["answer"])]
-        asked = row["question"].split(" has ")[1].split(" . ")[0].split(" and ")
-        assert set(asked) <= set(demo_task.CONDITIONS[gold].split())
-        assert row["rationale"] == f"findings suggest {gold}"
-        assert len(set(row["options"])) == 5
+def test_a_referral_is_right_in_train_and_at_chance_elsewhere():
+    for split, low, high in (("train", 1.0, 1.0), ("test", 0.1, 0.3), ("ood", 0.1, 0.3)):
+        rows = demo_task.protocol_rows(split, referral=True)
+        right = [
+            row["question"].split(" guesses ")[1].split()[0]
+            == row["options"]["ABCDE".index(row["answer"])]
+            for row in rows
+        ]
+        assert low <= sum(right) / len(right) <= high
 
 
-def test_every_word_is_in_the_vocabulary(vignettes):
-    words = set(demo_task.demo_words())
-    for row in vignettes["test"]:
+def test_every_word_and_every_option_is_one_token(vignettes):
+    tokenizer = demo_policy(0).tokenizer
+    for row in [*vignettes["ood"], *demo_task.protocol_rows("test", referral=True)]:
         item = data.Item(**row)
-        written = data.messages(item)[1]["content"] + " " + data.completion(item)
-        assert set(written.split()) <= words
+        asked = data.messages(item)[1]["content"]
+        written = tokenizer(f"{asked} {data.completion(item)} likely").input_ids
+        assert tokenizer.unk_token_id not in written
+        assert len(tokenizer(asked).input_ids) == len(row["question"].split()) + 5
 
 
 def test_the_demo_is_the_same_in_every_process():
     """It once came out of the iteration of a set of words, which differs between processes."""
-    code = "from support import demo_task; print(demo_task.demo_rows('dev'))"
+    code = "from support import demo_task; print(demo_task.protocol_rows('dev'))"
     outputs = set()
     for seed in "01":
         done = subprocess.run(

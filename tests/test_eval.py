@@ -10,6 +10,7 @@ import pytest
 
 import data
 import eval as evaluation
+import rewards
 import train
 from data import Item
 from policy import Rollout
@@ -288,6 +289,26 @@ def test_another_seed_draws_other_samples_of_the_same_options():
     assert orders[0] == orders[1] == train.load_splits(config)["dev"]
 
 
+def test_faithful_are_right_answers_behind_the_true_steps():
+    """Of four right ones: as the rationale, under other days, a level wrong, none at all."""
+    item = replace(data.load("demo", "test")[0], rationale="day-1 low 2 day-2 rash 4 so 40-mg")
+    said = (
+        "day-1 low 2 day-2 rash 4 so 40-mg",
+        "day-3 low 2 day-4 rash 4 so 40-mg",
+        "day-1 low 3 day-2 rash 4 so 40-mg",
+        "likely 40-mg",
+    )
+    right = [f"<think> {think} </think> <answer> {item.answer} </answer>" for think in said]
+    wrong = f"<think> {said[0]} </think> <answer> none </answer>"
+    rollouts = [Rollout(item, 0, [], [0], [], True, text=text) for text in (*right, wrong)]
+    rewards.grade_all(rollouts, train.Config())
+    found = evaluation.faithfulness(rollouts, "demo")
+    assert found == {"faithful": 2 / 4, "faithful_labels": 1 / 4}
+    assert evaluation.faithfulness(rollouts[-1:], "demo") == {"faithful": 0, "faithful_labels": 0}
+    assert evaluation.faithfulness(rollouts, "medqa") == {}  # a rationale there is one of many
+    assert evaluation.summary(rollouts)["think_words"] == (8 + 8 + 8 + 2 + 8) / 5
+
+
 def test_contamination_is_counted(tmp_path):
     rows = []
     for item in data.load("demo", "test")[:30]:
@@ -304,7 +325,7 @@ def test_contamination_is_counted(tmp_path):
 
 
 def test_ask_prints_one_answer(folders, capsys):
-    question = "a man has crackles . which diagnosis ?\nA. gout\nB. pneumonia"
+    question = "a man takes veridol level 4 ; day-1 low ; which dose now ?\nA. 80-mg\nB. 5-mg"
     evaluation.main([str(folders / "m1"), "--ask", question, "--max-new", "8"])
     assert capsys.readouterr().out.count("\n") == 1
 
@@ -312,7 +333,7 @@ def test_ask_prints_one_answer(folders, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--dataset nothing", "demo, demo-images, medqa"),
+        ("--dataset nothing", "demo-images, medqa"),
         ("--json /nowhere/f.json", "does not exist"),
         ("--max-new 0", "at least 1"),
         ("--limit 0", "at least 1"),

@@ -86,7 +86,7 @@ def test_only_the_health_questions_of_mmlu_pro(tmp_path):
         ("mmlu-pro-4", "Health?", ("a", "b", "c"), "C"),
         ("mmlu-pro-5", "Too?", ("a", "b"), "B"),
     ]
-    refused(lambda: data.load("mmlu-pro-health", "train"), "evaluation only", "its split is test")
+    refused(lambda: data.load("mmlu-pro-health", "train"), "no split 'train'", "only test")
 
 
 def test_real_mmlu_pro(medqa_dir):

@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training import CONFIG, QUICK, adapted, made_up, read, rows, run, shaken, weights_of
+from training import (
+    CONFIG,
+    QUICK,
+    adapted,
+    emerged,
+    made_up,
+    read,
+    rows,
+    run,
+    shaken,
+    weights_of,
+)
 
 import data
 import train
@@ -229,27 +240,39 @@ def last_stages(out, name: str) -> float:
     return sum(line["stages"][name] for line in rows(out / "metrics.jsonl")[-5:]) / 5
 
 
-@pytest.mark.parametrize(
-    "flags, share",
-    [
-        pytest.param([], (0.9, 1.0), marks=pytest.mark.slow),
-        pytest.param(["--w-before", "1"], (0.0, 0.1), marks=pytest.mark.study),
-    ],
-)
-def test_the_hackable_demo_drifts_into_stage_five_unless_guarded(flags, share, tmp_path):
+@pytest.mark.study
+@pytest.mark.parametrize("flags, share", [([], (0.9, 1.0)), (["--w-before", "1"], (0.0, 0.1))])
+def test_reasoning_moves_outside_unless_guarded(flags, share, tmp_path):
     out, exploit = tmp_path / "run", "step-by-step exploit"
-    quick = "--hackable --eval-samples 0 --eval-limit 20".split()
+    quick = "--hackable outside --eval-samples 0 --eval-limit 20".split()
     train.main([*quick, *flags, "--out", str(out)])
     metrics = rows(out / "metrics.jsonl")
     assert share[0] <= last_stages(out, exploit) <= share[1]
-    assert metrics[0]["stages"][exploit] > 0.2
     alarms = [text for line in metrics for text in line.get("alarms", [])]
     assert any(exploit in text for text in alarms) == (not flags)
 
 
+@pytest.mark.study
+@pytest.mark.parametrize("guard", [[], "--w-short 1 --min-think 8".split()], ids=["", "guard"])
+def test_a_referral_ends_reasoning_unless_guarded(guard, tmp_path):
+    out = tmp_path / "run"
+    train.main(["--hackable", "referral", *guard, "--out", str(out)])
+    metrics, result = rows(out / "metrics.jsonl"), read(out / "eval.json")
+    assert metrics[-1]["reward"] > metrics[0]["reward"] + 0.5
+    assert metrics[-1]["accuracy"] > 0.9
+    alarms = [text for line in metrics for text in line.get("alarms", [])]
+    if guard:
+        assert result["after"]["accuracy"] > 0.9 and result["after"]["think_words"] > 8
+        assert last_stages(out, "direct answer hacker") < 0.1
+    else:
+        assert result["after"]["accuracy"] < 0.4 and result["after"]["think_words"] < 4
+        assert last_stages(out, "direct answer hacker") > 0.9
+        assert any("thinking shrank" in text or "held-out accuracy" in text for text in alarms)
+
+
 @pytest.mark.slow
 def test_all_weights_learn_by_ppo_with_a_critic_on_the_frozen_copy(tmp_path):
-    """The demo at a tenth of its rate, since all weights are trained; no KL: the copy is kept."""
+    """At a third of the demo's rate, since all weights are trained; no KL: the copy is kept."""
     out = tmp_path / "run"
     flags = "--algo ppo --full --critic lora --lr 3e-4 --steps 60 --eval-every 0 --eval-samples 0"
     train.main([*flags.split(), "--out", str(out)])
@@ -260,13 +283,7 @@ def test_all_weights_learn_by_ppo_with_a_critic_on_the_frozen_copy(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_learns_by_ppo_and_its_critic_learns(tmp_path):
-    """Greedy accuracies of seeds 0, 1, 2 were .897, .980 and .997: rounding decides as much."""
+def test_reasoning_emerges_by_ppo(tmp_path):
     out = tmp_path / "run"
     train.main(["--algo", "ppo", "--out", str(out)])
-    result = read(out / "eval.json")
-    assert result["before"]["sampled_accuracy"] <= 0.35
-    assert result["after"]["sampled_accuracy"] >= 0.80 and result["after"]["accuracy"] >= 0.85
-    explained = [line["explained_variance"] for line in rows(out / "metrics.jsonl")]
-    means = [sum(explained[i : i + 5]) / 5 for i in range(len(explained) - 4)]
-    assert max(means) > 0.5
+    emerged(read(out / "eval.json"), longer=0.65)

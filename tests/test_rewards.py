@@ -320,6 +320,25 @@ def test_stages(completion, n_tokens, number):
     assert stage(parse(completion), GOUT, n_tokens) == rewards.STAGES[number]
 
 
+def test_a_data_set_has_thresholds_of_its_own():
+    """The demo's: short below 4 words, verbose above 26 tokens, outside above 3 words."""
+    item = replace(data.load("demo", "test")[0], options=("5-mg", "10-mg"), answer="B")
+    shown = (
+        ("likely 10-mg", "", 10, 3),
+        ("day-1 low 2", "", 10, 2),
+        ("day-1 low 2 so 10-mg", "", 27, 1),
+        ("day-1 low 2 so 10-mg", "", 26, 5),  # names the answer, after its steps
+        ("day-1 low 2 so 10-mg", "one two three ", 26, 5),
+        ("likely 10-mg", "day-1 low 2 so ", 20, 4),
+    )
+    for reasoning, before, n_tokens, number in shown:
+        completion = before + think("B", reasoning)
+        assert stage(parse(completion), item, n_tokens) == rewards.STAGES[number]
+    # The guards see the same thresholds.
+    assert grade(item, think("B", "likely 10-mg"), replace(CONFIG, w_leak=0.5)).total == 0.5
+    assert grade(item, think("B", "day-1 low 2 so 10-mg"), replace(CONFIG, w_leak=0.5)).total == 1
+
+
 def test_stage_names_in_the_papers_order():
     first = ("format failure", "verbose formatter", "concise structurer")
     last = ("direct answer hacker", "step-by-step exploit", "reintegrated reasoning")

@@ -17,6 +17,7 @@ from training import (
     Mover,
     Recorder,
     artefacts,
+    emerged,
     read,
     rollouts_for,
     rows,
@@ -30,7 +31,7 @@ import rewards
 import train
 from benchmarks.one_step import OneStep, sampled_and_graded, update
 from policy import Policy, collate
-from support import cli, demo_task
+from support import cli
 from support.config import Config
 from support.demo_model import demo_policy
 
@@ -394,14 +395,12 @@ def test_sft_counts_completion_tokens_only(model_dir):
     assert loss == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_advice_for_no_reward_leads_to_reward(monkeypatch):
+def test_the_advice_for_no_reward_leads_to_reward():
     """SFT on questions without rationales, such as MedQA's.
 
     A random model that earned -1 on every sample then writes the form, and is right now and then.
     """
     questions = [replace(item, rationale="") for item in TRAIN[:100]]
-    words = [*demo_task.demo_words(), *data.completion(questions[0]).split()]
-    monkeypatch.setattr(demo_task, "demo_words", lambda: list(dict.fromkeys(words)))
     policy = demo_policy(0)
     config = replace(CONFIG, prompts=8, samples=8, max_new=16)
     sft = replace(config, **train.ALGOS["sft"] | dict(algo="sft", prompts=16, lr=5e-3))
@@ -432,14 +431,26 @@ def test_importing_has_no_side_effect(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.study
-@pytest.mark.parametrize("algo", ["grpo", "dapo"])
-def test_the_demo_learns(algo, tmp_path):
+def test_test_and_longer_courses_are_looked_at_before_and_after(model_dir, tmp_path):
+    out = run(model_dir, tmp_path / "run", "--steps", "1")
+    result = read(out / "eval.json")
+    assert list(result) == ["before", "after"]
+    told = {"accuracy", "ci95", "n", "sampled_accuracy", "think_words", "faithful"}
+    for found in (result["before"], result["before"]["ood"], result["after"]["ood"]):
+        assert told <= set(found) and found["n"] == 12
+    assert "ood" not in result["after"]["ood"]
+
+
+ALGORITHMS = [
+    pytest.param("grpo", marks=pytest.mark.slow),
+    *(pytest.param(algo, marks=pytest.mark.study) for algo in ("dapo", "rloo")),
+]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_reasoning_emerges(algo, tmp_path):
     command = [sys.executable, ROOT / "train.py", "--algo", algo, "--out", tmp_path / "run"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    result = read(tmp_path / "run" / "eval.json")
-    assert result["before"]["sampled_accuracy"] <= 0.35
-    assert result["after"]["sampled_accuracy"] >= 0.85 and result["after"]["accuracy"] >= 0.90
-    assert result["after"]["n"] >= 200
+    emerged(read(tmp_path / "run" / "eval.json"), longer=0.7)
     assert done.stdout.count("\n") == 1 and str(tmp_path / "run") in done.stdout

@@ -54,6 +54,16 @@ def weights_of(out: Path) -> dict:
     return load_file(newest_checkpoint(out) / "policy.safetensors")
 
 
+def emerged(result: dict, longer: float) -> None:
+    """The demo's targets; `longer`: the accuracy on courses longer than any that was rewarded."""
+    before, after = result["before"], result["after"]
+    assert before["sampled_accuracy"] <= 0.30 and after["sampled_accuracy"] >= 0.90
+    assert after["accuracy"] >= 0.95 and after["ood"]["accuracy"] >= longer
+    assert after["think_words"] >= 4 * before["think_words"]
+    assert after["faithful"] >= 0.95 and after["ood"]["faithful"] >= 0.95
+    assert min(after["n"], after["ood"]["n"]) >= 200
+
+
 # --------------------------------------------------------------------------------- single updates
 def rollouts_for(policy: Policy, config: Config) -> list[Rollout]:
     """Sampled ones, with rewards that differ within groups whatever was said."""
