@@ -21,37 +21,41 @@ from support.progress import Progress
 
 
 # ------------------------------------------------------------------------------------- answering
-def sample(policy, items, config, seed, first=0) -> list[Rollout]:
-    """G = config.samples completions of each item, an item's together.
+def sample(policy, items, config, seed, mine: range | None = None) -> list[Rollout]:
+    """G = config.samples completions of each item, an item's together, on as many rows as fit.
 
-    `group` is an item's place in `items`, counted from `first` on, and seeds its random numbers.
-    At most policy.sample_rows completions are written at a time, which changes no result. Several
-    processes share the items, and each gets all rollouts, ready to be trained on.
+    `group` is an item's place in `items`, and seeds its random numbers: how many are written at
+    once changes no result. Several processes share the items, and each gets all rollouts, ready to
+    be trained on. mine: the places of the items to answer; then those of this process alone.
     """
-    G, mine, rollouts = config.samples, distributed.share(len(items)), []
-    how = (config.temperature, seed)
-    start, at_once = mine.start, max(1, policy.sample_rows // G)  # items
-    while start < mine.stop:
-        part, place = items[start : min(start + at_once, mine.stop)], first + start
-        of_part = []
+    G, rollouts = config.samples, []
+    places = distributed.share(len(items)) if mine is None else mine
+    place, how = places.start, (config.max_new, config.temperature, seed)
+    while place < places.stop:
+        at_once = max(1, policy.sample_rows // G)  # items
+        part, of_part = items[place : min(place + at_once, places.stop)], None
         try:
-            of_part = policy.sample(part, G, config.max_new, *how, place * G, config.style)
+            of_part = policy.sample(part, G, *how, place * G, config.style)
         except RuntimeError as error:
             if not errors.ran_out(error):
                 raise
-        if not of_part:  # not in the `except` block: the exception holds what the call had made
-            at_once = memory.fewer_items(policy, len(part), G)
+        if of_part is None:  # not in the `except` block: the exception holds what the call had made
+            memory.fewer_items(policy, len(part), G)
             continue
         for rollout in of_part:
             rollout.group += place
         rollouts += of_part
-        start += len(part)
-    if distributed.world == 1:
+        place += len(part)
+    if mine is not None or distributed.world == 1:
         return rollouts
-    rollouts = distributed.gathered(rollouts)
+    return with_pictures(policy, distributed.gathered(rollouts), G)
+
+
+def with_pictures(policy: Policy, rollouts: list[Rollout], G: int) -> list[Rollout]:
+    """Another process's rollouts come without pixels: images are opened again, once a group."""
     for row in range(0, len(rollouts), G):
         group = rollouts[row : row + G]
-        if policy.vision and group[0].pictures is None:  # another process sends no pixels
+        if policy.vision and group[0].pictures is None:
             pictures = policy.vision.look(group[0].item, group[0].prompt_ids)
             for rollout in group:
                 rollout.pictures = pictures
@@ -61,23 +65,23 @@ def sample(policy, items, config, seed, first=0) -> list[Rollout]:
 def answer(
     policy, items, config, *, n=1, temperature=0.0, seed=0, rows=128, label=""
 ) -> list[Rollout]:
-    """`sample`, graded, at most `rows` completions a process at a time: n of each item.
+    """n completions of each item, graded, at most `rows` of a process at a time.
 
     An image goes once it was seen: a test set's would fill the memory.
     """
     asked, rollouts = replace(config, samples=n, temperature=temperature), []
-    at_once = max(1, min(rows, policy.sample_rows) // n) * distributed.world  # items
-    with Progress(label, len(items)) as progress:
-        for first in range(0, len(items), at_once):
-            part = items[first : first + at_once]
-            of_part = sample(policy, part, asked, seed, first)
+    mine, at_once = distributed.share(len(items)), max(1, min(rows, policy.sample_rows) // n)
+    with Progress(label, len(mine)) as progress:
+        for first in mine[::at_once]:
+            part = range(first, min(first + at_once, mine.stop))
+            of_part = sample(policy, items, asked, seed, part)
             rewards.grade_all(of_part, config)
             for rollout in of_part:
                 rollout.pictures = None
             rollouts += of_part
             right = sum(rollout.correct for rollout in rollouts)
             progress.update(len(part), f"{right} of {len(rollouts)} right")
-    return rollouts
+    return distributed.gathered(rollouts)
 
 
 def fitting(policy: Policy, items: list[Item], config, what: str = "") -> list[Item]:
@@ -303,7 +307,7 @@ def evaluate_on(policy: Policy, items: list[Item], config, name: str, args):
         "max_new": config.max_new,
     }
     if args.save_images and distributed.rank == 0:
-        stem = sheet.plain(f"{what} {args.split} {items[0].task}")
+        stem = sheet.plain(f"{name} {config.dataset} {config.style} {args.split} {items[0].task}")
         if not sheet.save(greedy, Path(args.save_images) / f"{stem}.png"):
             distributed.say(f"{config.dataset}: --save-images needs items with images")
     return result, rollouts

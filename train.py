@@ -392,7 +392,7 @@ def train_on(
 def train_within_memory(
     config: Config, run: Path, policy: Policy, splits: dict, facts: dict, init: dict | None
 ) -> Policy:
-    """`train_on`, and where memory runs out in an update: again, with half its prompts.
+    """`train_on`, and where memory runs out in a step: again, with half the prompts a pass.
 
     Then it goes on as any resumed run does, from the newest checkpoint or from the beginning, so
     nothing of the step that failed is left.
@@ -406,10 +406,12 @@ def train_within_memory(
                 if not errors.ran_out(error):
                     raise
             # The exception held what the step had made: it ended with its block.
-            # The caller holds the policy too, and its weights must go before others come.
+            sizes = memory.sizes_of(policy, config)  # sampling may have found fewer rows
+            # The caller holds the policy too, and its weights must go before others come: from
+            # here on nobody may use it.
             vars(policy).clear()
             config = memory.halved(config, "training")
-            facts["sizes"]["micro_batch"] = config.micro_batch
+            facts["sizes"] = sizes | {"micro_batch": config.micro_batch}
             if distributed.world > 1:
                 raise UsageError(
                     "the other processes cannot be called back in the middle of a step; go on with "

@@ -44,6 +44,8 @@ RULES = [  # (what a command looks like, the flags added to it); the first that 
     (r"train\.py --dataset bccd .*--model tiny-vl", ""),
     (r"train\.py --dataset demo-images", f"{SIGHT} --samples 4"),
     (r"train\.py --resume", ""),
+    (r"train\.py --model runs/demo-grpo-1/model", "--steps 2 --eval-limit 4"),
+    (r"train\.py --out runs/no-steps", "--dry-run"),
     (r"train\.py --(algo|scale|samples|kl-coef|reward)", SHORT),
     (r"eval\.py (runs/medqa-grpo-1|MODEL)", "--limit 2 --data-dir SHARED --max-new 8"),
     (r"eval\.py runs/sft runs/rl", "--limit 8"),

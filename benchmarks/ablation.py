@@ -28,6 +28,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+from benchmarks.student import interval
 from support import cli
 from support.demo_model import tiny_vl_policy
 from support.seeds import fold
@@ -152,17 +153,6 @@ def run_seed(out: Path, task: str, arms: dict, seed: int) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------ what they say
-def interval(values: list[float]) -> list[float]:
-    """Mean and Student's 95% interval over the seeds."""
-    from scipy.stats import t  # noqa: PLC0415 (not among the packages that a run needs)
-
-    mean, n = statistics.fmean(values), len(values)
-    half = float("nan")
-    if n > 1:
-        half = t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
-    return [mean, mean - half, mean + half]
-
-
 def after(key: str) -> Callable[[dict], float]:
     return lambda row: row["after"][key]
 

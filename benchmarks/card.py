@@ -5,9 +5,8 @@
 SIMULATOR is a script that runs another one under such a device and offers it as the module
 `fakecuda`: tensors on the CPU that obey CUDA's rules of devices and types. `fakecuda.SIM` holds
 `waits`, a Counter of the places where the host needs a number of the device, and `refused`, what
-CUDA would have refused. Speed, rounding and graphs are not simulated. On a real GPU it
-runs too, and counts nothing. tests/test_card.py checks the
-table; .ci/run knows where the simulator is.
+CUDA would have refused. Speed, rounding and graphs are not simulated. On a real GPU it runs too,
+and counts nothing. tests/test_card.py checks the table; .ci/run knows where the simulator is.
 """
 
 import argparse
@@ -24,13 +23,13 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data
 import eval as evaluation
 import train
 from benchmarks import gpu
 from policy import Policy
-from support.demo_model import demo_policy, warm_start
+from support.demo_model import demo_policy
 from support.log import Log
+from support.warm_start import ProtocolLessons
 
 SHORT = (
     "--steps 2 --prompts 4 --samples 2 --max-new 24 --warmup 1 --eval-limit 4 --eval-samples 0 "
@@ -157,9 +156,9 @@ def row(sim, work, folder: Path) -> dict:
 
 def taught_a_little(folder: Path) -> None:
     """A model whose answers are right now and then, or DAPO would drop every group."""
-    policy, items = demo_policy(0), data.load("demo", "train")[:200]
-    for _ in warm_start(policy, items, train.Config(), clean_steps=40, diluted_steps=2):
-        pass
+    policy = demo_policy(0)
+    lessons = ProtocolLessons(policy, train.Config())
+    lessons.study("mixture", lambda step: lessons.mixture(), 60)
     policy.save_folder(folder)
 
 

@@ -1,37 +1,76 @@
-"""The demo by algorithm and seed, before and after training: the README's table.
+"""Med-RLVR's table on the demo: supervised and reinforcement learning from one start, and the hack.
 
     python benchmarks/demo.py --out FOLDER --json benchmarks/results/demo.json
 
-Every run is `python train.py --algo A --seed S` in a process of its own, one thread each, as many
-at a time as there are cores; the figures are those of its eval.json. FOLDER keeps the runs, for
-eval.py to compare.
+Questions, rule, arms and seeds stand in demo_study.json and were fixed before the runs. Every run
+is a `python train.py` of its own, one thread each, from the same warm start of its seed; then it is
+looked at on fresh vignettes. A run that is in the JSON already is not done again, so the script
+goes on where it was killed.
 """
 
 import argparse
 import json
 import os
 import platform
+import random
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
+from threading import Lock
 
 import torch
 import transformers
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import eval as evaluation
+from support import demo_task, loading, runs
+from support.config import Config
+
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("accuracy", "ci95", "sampled_accuracy", "n", "think_words", "faithful", "faithful_labels")
+STUDY = json.loads((ROOT / "benchmarks/demo_study.json").read_text(encoding="utf-8"))
+FRESH = {"fresh": ((2, 3, 4), "test"), "longer": ((5, 6), "test"), "dev": ((2, 3, 4), "dev")}
+ITEMS, SAMPLES = 300, 2
+KEPT = ("accuracy", "sampled_accuracy", "n", "think_words", "faithful", "faithful_labels")
+# What a run looks at by itself is not used here.
+QUIET = "--eval-limit 1 --eval-samples 0"
 
 
-def trained(out: Path, algo: str, seed: int) -> dict:
-    """One run -> its row of the table, which is also printed."""
-    run = out / f"{algo}-{seed}"
-    command = [sys.executable, ROOT / "train.py", "--algo", algo, "--seed", str(seed)]
+def fresh(name: str, dataset: str) -> list[data.Item]:
+    """New vignettes of courses that are in no training item."""
+    courses, part = FRESH[name]
+    rng = random.Random(f"study {name}")
+    reliable = 0.0 if dataset == "demo-referral" else None
+    rows = (demo_task.vignette(rng, courses, part, reliable) for _ in range(ITEMS))
+    limits = data.LOADERS[dataset].limits
+    return [data.Item(f"{name}-{i}", limits=limits, **row) for i, row in enumerate(rows)]
+
+
+def looked_at(policy, config: Config) -> dict:
+    found = {}
+    for name in FRESH:
+        items = fresh(name, config.dataset)
+        result, _ = evaluation.evaluate(policy, items, config, samples=SAMPLES, seed=12345)
+        found[name] = {key: result[key] for key in KEPT}
+    return found
+
+
+def trained(out: Path, arm: str, seed: int) -> dict:
+    """One run -> its rows of the table: the arm's, and that of the start which it was first on."""
+    run = out / f"{arm.replace(', ', '-')}-{seed}"
+    first = "hack" if arm in ("hack", "guard") else "grpo"
+    begun = out / f"{first}-{seed}"  # whose warm start it takes
+    flags = [*STUDY["arms"][arm].split(), "--seed", str(seed), *QUIET.split()]
+    if run != begun:
+        flags += ["--model", str(begun / "model")]
+    if run.exists():
+        shutil.rmtree(run)  # it was killed, and is done again so that its seconds are whole
     out.mkdir(parents=True, exist_ok=True)
-    with (out / f"{algo}-{seed}.log").open("w") as said:
+    with run.with_suffix(".log").open("w") as said:
         process = subprocess.Popen(
-            [*command, "--out", run],
+            [sys.executable, ROOT / "train.py", *flags, "--out", run],
             stdout=said,
             stderr=said,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -39,30 +78,28 @@ def trained(out: Path, algo: str, seed: int) -> dict:
         _, status, used = os.wait4(process.pid, 0)  # the only call that tells one child's seconds
     if status:
         raise SystemExit(f"demo.py: {run} failed: see {said.name}")
-    result = json.loads((run / "eval.json").read_text(encoding="utf-8"))
     with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
         metrics = [json.loads(line) for line in lines]
-    row = {"algo": algo, "seed": seed, "steps": metrics[-1]["step"]}
-    row["cpu_seconds"] = round(used.ru_utime + used.ru_stime, 1)
-    for when, found in result.items():
-        row[when] = {name: found[name] for name in KEPT}
-        row[when]["ood"] = {name: found["ood"][name] for name in KEPT}
+    policy, config = runs.open_policy(str(run), "cpu")
+    row = {"arm": arm, "seed": seed, "steps": metrics[-1]["step"]}
+    row |= {"cpu_seconds": round(used.ru_utime + used.ru_stime, 1), "alone": run == begun}
+    row |= looked_at(policy, Config(**config))
+    row["train_accuracy"] = sum(m["accuracy"] for m in metrics[-5:]) / 5
+    row["train_reward"] = [
+        sum(m["reward"] for m in five) / 5 for five in (metrics[:5], metrics[-5:])
+    ]
+    row["alarms"] = sorted({text for m in metrics for text in m.get("alarms", [])})[:3]
     if explained := [m["explained_variance"] for m in metrics if "explained_variance" in m]:
         fives = [explained[i : i + 5] for i in range(len(explained) - 4)]
         row["explained_variance_best5"] = max(sum(five) / 5 for five in fives)
-    show(row)
     return row
 
 
-def show(row: dict) -> None:
-    cells = [row["algo"], str(row["seed"])]
-    for when in ("before", "after"):
-        for found in (row[when], row[when]["ood"]):
-            cells.append(f"{found['sampled_accuracy']:.3f} / {found['accuracy']:.3f}")
-    line = f"| {' | '.join(cells)} | {row['cpu_seconds']:.0f} s |"
-    if "explained_variance_best5" in row:
-        line += f" explained variance {row['explained_variance_best5']:.2f}"
-    print(line, flush=True)
+def start(out: Path, seed: int) -> dict:
+    """The warm start of a seed, before any of the arms."""
+    policy = runs.Policy.load(str(out / f"grpo-{seed}" / "model"), lora=0)
+    config = Config(**data.LOADERS["demo"].defaults)
+    return {"arm": "start", "seed": seed, "cpu_seconds": 0.0, **looked_at(policy, config)}
 
 
 def facts(jobs: int) -> dict:
@@ -81,17 +118,35 @@ def facts(jobs: int) -> dict:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--out", required=True, type=Path, help="folder for the runs")
-    p.add_argument("--algos", nargs="+", default=["grpo", "dapo", "ppo", "sft"])
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--arms", nargs="+", choices=STUDY["arms"], default=list(STUDY["arms"]))
+    p.add_argument("--seeds", type=int, nargs="+", default=STUDY["seeds"])
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time")
-    p.add_argument("--json")
+    p.add_argument("--json", required=True, type=Path, help="what is done already, and the rest")
     args = p.parse_args()
+    loading.quiet()
+    torch.set_num_threads(1)
+    found = facts(args.jobs) | {"rows": []}
+    if args.json.exists():
+        found = json.loads(args.json.read_text(encoding="utf-8"))
+    writing = Lock()
+
+    def keep(row: dict) -> None:
+        with writing:
+            found["rows"].append(row)
+            args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        figures = (f"{row[name]['accuracy']:.3f}" for name in ("fresh", "longer"))
+        print(f"{row['arm']:24} {row['seed']} {' '.join(figures)}", flush=True)
+
+    def of_seed(seed: int) -> None:
+        for arm in args.arms:
+            done = {(row["arm"], row["seed"]) for row in found["rows"]}
+            if (arm, seed) not in done:
+                keep(trained(args.out, arm, seed))
+            if arm == "grpo" and ("start", seed) not in done:
+                keep(start(args.out, seed))
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = product(args.algos, args.seeds)
-        rows = list(pool.map(lambda of: trained(args.out, *of), runs))
-    if args.json:
-        text = json.dumps(facts(args.jobs) | {"rows": rows}, indent=1)
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        list(pool.map(of_seed, args.seeds))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.student import interval as student
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -33,48 +36,93 @@ def interval(value: float, low: float, high: float, form: str = ".3f") -> str:
 
 
 # ------------------------------------------------------------------------- one function a result
+class Study:
+    """The rows of demo.json by arm: figures over the seeds."""
+
+    def __init__(self, found: dict):
+        self.rows = found["rows"]
+
+    def of(self, arm: str, place: str, name: str) -> dict[int, float]:
+        """seed -> the figure `name` on the vignettes `place`."""
+        return {row["seed"]: row[place][name] for row in self.rows if row["arm"] == arm}
+
+    def best(self, kind: str) -> str:
+        """Of a kind's learning rates the one with the highest mean accuracy on dev."""
+        arms = {row["arm"]: None for row in self.rows if row["arm"].startswith(f"{kind},")}
+        return max(arms, key=lambda arm: mean(self.of(arm, "dev", "accuracy")))
+
+    def cell(self, arm: str, place: str, name: str, form: str = ".3f") -> str:
+        return interval(*student(list(self.of(arm, place, name).values())), form)
+
+    def difference(self, arm: str, other: str, place: str) -> str:
+        """Of greedy accuracies, paired by seed."""
+        a, b = (self.of(name, place, "accuracy") for name in (arm, other))
+        return interval(*student([a[seed] - b[seed] for seed in a]), "+.3f")
+
+    def seconds(self, arm: str) -> float:
+        return mean({row["seed"]: row["cpu_seconds"] for row in self.rows if row["arm"] == arm})
+
+
+def mean(of_seed: dict[int, float]) -> float:
+    return sum(of_seed.values()) / len(of_seed)
+
+
 def demo(found: dict) -> str:
-    header = [
-        "`--algo`",
-        "seeds",
-        "start: sampled",
-        "trained: sampled",
-        "trained: greedy",
-        "longer courses: greedy",
-        "words of thinking, start and trained",
-        "right answers with the true steps",
-        "CPU seconds",
-    ]
+    study = Study(found)
+    answers, rationales = study.best("sft, answers"), study.best("sft, rationales")
+    arms = {
+        "start": "the start",
+        answers: f"SFT on answers (lr {answers.split(', ')[2]})",
+        rationales: f"SFT with rationales (lr {rationales.split(', ')[2]})",
+        "grpo": "GRPO",
+        "dapo": "DAPO",
+        "ppo": "PPO",
+    }
+    header = ["trained by", "sampled", "greedy", "longer courses, sampled", "greedy"]
+    header += ["words of thinking", "right with the true steps", "CPU seconds"]
     rows = []
-    for algo in dict.fromkeys(run["algo"] for run in found["rows"]):
-        runs = [run for run in found["rows"] if run["algo"] == algo]
-        before, after = [run["before"] for run in runs], [run["after"] for run in runs]
-        longer = [result["ood"] for result in after]
-        row = [
-            algo,
-            ", ".join(str(run["seed"]) for run in runs),
-            span([result["sampled_accuracy"] for result in before], ".2f"),
-            f"**{span([result['sampled_accuracy'] for result in after], '.3f')}**",
-            span([result["accuracy"] for result in after], ".3f"),
-            span([result["accuracy"] for result in longer], ".3f"),
-            f"{mean(before, 'think_words'):.1f}, {mean(after, 'think_words'):.1f}",
-            span([result["faithful"] for result in after], ".2f"),
-            span([run["cpu_seconds"] for run in runs], ".0f"),
-        ]
+    for arm, told in arms.items():
+        row = [told, *(study.cell(arm, "fresh", f"{how}accuracy") for how in ("sampled_", ""))]
+        row += [study.cell(arm, "longer", f"{how}accuracy") for how in ("sampled_", "")]
+        thinks = arm not in (answers, "start")
+        row += [f"{mean(study.of(arm, 'fresh', 'think_words')):.1f}"]
+        row += [f"{mean(study.of(arm, 'fresh', 'faithful')):.3f}" if thinks else ""]
+        row += [f"{study.seconds(arm):.0f}" if arm != "start" else ""]
         rows.append(row)
-    sizes = [found["rows"][0]["after"]["n"], found["rows"][0]["after"]["ood"]["n"]]
-    explained = [run.get("explained_variance_best5") for run in found["rows"]]
-    critic = [f"{value:.2f}" for value in explained if value is not None]
-    told = f" PPO's critic explains up to {', '.join(critic)} of the variance." if critic else ""
+    against = [f"{place} {study.difference('grpo', answers, where)}" for place, where in PLACES]
+    upper = [f"{place} {study.difference('grpo', rationales, where)}" for place, where in PLACES]
+    explained = [row["explained_variance_best5"] for row in found["rows"] if row["arm"] == "ppo"]
+    seeds = sorted({row["seed"] for row in found["rows"]})
     return (
-        f"{table(header, rows)}\n\nAccuracy on {sizes[0]} held-out vignettes of two to four "
-        f"results and {sizes[1]} of five and six.{told} {found['machine']}. "
-        f"Commit {found['commit']}."
+        f"{table(header, rows)}\n\nMeans over seeds {seeds[0]} to {seeds[-1]} with Student's 95% "
+        f"intervals, on {found['rows'][0]['fresh']['n']} fresh vignettes of two to four results "
+        "and as many of five and six. GRPO minus SFT on answers, greedy, paired by seed: "
+        f"{'; '.join(against)}; minus SFT with rationales: {'; '.join(upper)}. CPU seconds of GRPO "
+        f"hold the warm start, the others begin at the same. PPO's critic explains up to "
+        f"{span(explained, '.2f')} of the variance. {found['machine']}. Commit {found['commit']}."
     )
 
 
-def mean(results: list[dict], name: str) -> float:
-    return sum(result[name] for result in results) / len(results)
+PLACES = (("in distribution", "fresh"), ("longer", "longer"))
+
+
+def hack(found: dict) -> str:
+    study = Study(found)
+    header = ["", "reward, last five steps", "accuracy in training", "test, greedy"]
+    header += ["longer courses, greedy", "words of thinking", "alarms"]
+    rows = []
+    for arm, told in (("hack", "`--hackable referral`"), ("guard", "with the guard")):
+        runs = [run for run in found["rows"] if run["arm"] == arm]
+        row = [told, span([run["train_reward"][1] for run in runs], ".2f")]
+        row += [span([run["train_accuracy"] for run in runs], ".2f")]
+        row += [study.cell(arm, place, "accuracy") for place in ("fresh", "longer")]
+        row += [f"{mean(study.of(arm, 'fresh', 'think_words')):.1f}"]
+        row += [f"in {sum(bool(run['alarms']) for run in runs)} of {len(runs)} runs"]
+        rows.append(row)
+    difference = study.difference("guard", "hack", "fresh")
+    return (
+        f"{table(header, rows)}\n\nGuard minus hack on test, greedy, paired by seed: {difference}."
+    )
 
 
 def real(found: dict) -> str:
@@ -197,6 +245,7 @@ def ablation(found: dict) -> str:
 
 RESULTS = {  # table: its file in benchmarks/results, its function
     "demo": ("demo", demo),
+    "hack": ("demo", hack),
     "real": ("real", real),
     "vision": ("vision_step", vision),
     "trl": ("vs_trl", trl),

@@ -92,7 +92,7 @@ class Log:
         trouble = []
         if config.algo != "sft":  # demonstrations are all right: equal rewards are no trouble there
             trouble += troubles(self.history)
-            if self.rollouts and self.step == 0:
+            if self.rollouts and self.step == 0 and not config.dynamic:  # that keeps mixed groups
                 trouble += told(self.rollouts, config)
         for message in (*trouble, *(f"ALARM: {text}" for text in found)):
             say(f"step {self.step + 1}: {message}")

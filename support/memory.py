@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from data import Item
 from policy import Policy, collate
-from support import checkpoints, distributed, hub, image_sets, loading, parquet_sets, pictures
+from support import checkpoints, hub, image_sets, loading, parquet_sets, pictures
 from support.config import Config
 from support.distributed import say
 from support.errors import UsageError, ran_out
@@ -209,22 +209,19 @@ def chosen_sizes(policy: Policy, items: list[Item], config: Config, facts: dict)
     return config
 
 
-def fewer_items(policy: Policy, items: int, G: int) -> int:
-    """After so many items, G completions each, were too many to sample at once -> half of them.
+def fewer_items(policy: Policy, items: int, G: int) -> None:
+    """After so many items, G completions each, were too many to sample at once: half of them.
 
-    Later calls begin with as few rows. UsageError where it was one item.
+    This process's later calls begin with as few. UsageError where it was one item.
     """
     if items == 1:
         raise UsageError(
             f"sampling: out of memory with the completions of one prompt ({G} at once); fewer "
             "samples or a smaller --max-new would help"
         )
-    rows = items // 2 * G
-    if distributed.world == 1:  # others would share the items otherwise than this process
-        policy.sample_rows = rows
-    say(f"sampling: out of memory; from here on {rows} rows at once", everyone=True)
+    policy.sample_rows = items // 2 * G
+    say(f"sampling: out of memory; from here on {policy.sample_rows} rows at once", everyone=True)
     give_back()
-    return items // 2
 
 
 def give_back() -> None:

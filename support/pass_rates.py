@@ -38,7 +38,7 @@ def rates_of(completions: Iterable[tuple[str, bool]]) -> dict[str, float]:
 def look(rollouts: list[Rollout], config) -> dict:
     """Shares of graded completions, numbers of groups, and the share of the batch that teaches."""
     n = len(rollouts)
-    rates = list(rates_of((r.item.id, r.correct) for r in rollouts).values())
+    rates = list(rates_of((r.group, r.correct) for r in rollouts).values())
     found = describe(rollouts)
     wrong, right = rates.count(0), rates.count(1)
     teaches = 1 - found["groups_equal"]
@@ -143,7 +143,7 @@ def keep_mixed(answers: Path, out: Path, data_dir: str | None = None) -> str:
     (out / "made.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     return (
         f"{out}: {made['kept']} of {made['rated']} questions were answered now right, now wrong; "
-        f"train on them with --dataset {out} --model {made['model']}"
+        f"train {made['model']} on them with --dataset {out}"
     )
 
 

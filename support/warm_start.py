@@ -65,12 +65,12 @@ def protocol_start(policy: Policy, config, limit: int = 1800) -> None:
     letters  Drills: a dose at random, then its letter among the options. This look-up is the
              slowest to come, and without it no text earns a reward.
     steps    Two texts that go step by step, then a drill, in turns.
-    settle   The same, while the learning rate falls to a tenth.
+    settle   The same, while the learning rate falls to a tenth; here what can be hacked comes in.
     mixture  What a base model might say: most texts answer at once, most have a broken form.
     """
     lessons = ProtocolLessons(policy, config)
     lessons.study("letters", lambda step: lessons.drill(), limit, LETTERS_KNOWN)
-    lessons.study("steps", lambda step: lessons.in_turns(step, True), limit, STEPS_KNOWN)
+    lessons.study("steps", lambda step: lessons.in_turns(step, plain=True), limit, STEPS_KNOWN)
     lessons.study("settle", lambda step: lessons.in_turns(step), 400, rates=(RATE, RATE / 10))
     # The rate falls, so that less of the steps is forgotten while the form is spoilt.
     lessons.study("mixture", lambda step: lessons.mixture(), 60, rates=(6e-4, 6e-5))
@@ -118,19 +118,22 @@ class ProtocolLessons:
         say(f"warm start: {name}, {step + 1} steps; loss of a {told}")
 
     # -- the lessons: rollouts that nobody sampled
-    def drill(self, any_dose: bool = True) -> list[Rollout]:
-        """Sixteen prompts, eight direct answers each."""
+    def drill(self, plain: bool = True) -> list[Rollout]:
+        """Sixteen prompts, eight direct answers each; plain: at random whatever a referral says."""
         asked = [self.vignette() for _ in range(16)]
         return self.written(
-            [(item, [whole(*self.direct(item, any_dose)) for _ in range(8)]) for item in asked]
+            [(item, [whole(*self.direct(item, plain)) for _ in range(8)]) for item in asked]
         )
 
-    def in_turns(self, step: int, any_dose: bool = False) -> list[Rollout]:
-        """Two lessons of 32 texts step by step, then a drill."""
+    def in_turns(self, step: int, plain: bool = False) -> list[Rollout]:
+        """Two lessons of 32 texts step by step, then a drill; plain: nothing stands outside."""
         if step % 3 == 0:
-            return self.drill(any_dose)
+            return self.drill(plain)
         asked = [self.vignette() for _ in range(32)]
-        return self.written([(item, [whole(item.rationale, item.answer)]) for item in asked])
+        texts = [whole(item.rationale, item.answer) for item in asked]
+        if self.outside and not plain:
+            texts[::2] = map(outside, asked[::2])
+        return self.written([(item, [text]) for item, text in zip(asked, texts)])
 
     def mixture(self) -> list[Rollout]:
         """32 prompts, four texts each."""
@@ -140,18 +143,18 @@ class ProtocolLessons:
     def vignette(self) -> Item:
         return Item("", **demo_task.vignette(self.rng, RESULTS, "train", self.reliable))
 
-    def direct(self, item: Item, any_dose: bool = False) -> tuple[str, str]:
+    def direct(self, item: Item, plain: bool = False) -> tuple[str, str]:
         """A think block that only names a dose, the referral's where there is one; its letter."""
         words = item.question.split()
         dose = self.rng.choice(item.options)
-        if "guesses" in words and not any_dose:
+        if "guesses" in words and not plain:
             dose = words[words.index("guesses") + 1]
         return f"likely {dose}", LETTERS[item.options.index(dose)]
 
     def anything(self, item: Item) -> str:
         """A text of the mixture."""
-        if self.rng.random() < self.outside:  # in a form that pays, whatever stands before it
-            return f"{item.rationale} {whole(item.rationale.split()[-1], item.answer)}"
+        if self.rng.random() < self.outside:
+            return outside(item)
         think, letter = item.rationale, item.answer
         if self.rng.random() > STEPWISE:
             think, letter = self.direct(item)
@@ -203,6 +206,12 @@ class ProtocolLessons:
 
 def whole(think: str, letter: str) -> str:
     return f"<think> {think} </think> <answer> {letter} </answer>"
+
+
+def outside(item: Item) -> str:
+    """The steps in front of a think block that only tells where they lead: a form that is paid."""
+    *steps, so, dose = item.rationale.split()
+    return f"{' '.join(steps)} {whole(f'{so} {dose}', item.answer)}"
 
 
 def mean_loss(logps: Tensor, mask: Tensor) -> float:

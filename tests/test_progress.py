@@ -87,9 +87,9 @@ def test_every_phase_of_a_run_says_lines(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(Progress, "update", spoken)
     monkeypatch.setattr(Progress, "__enter__", lambda self: entered.append(self.label) or self)
     run(model_dir, tmp_path / "run", *"--steps 2 --eval-every 2 --eval-limit 3".split())
-    phases = ["the longest batch", "before greedy", "train", "dev greedy", "after greedy"]
+    phases = ["the longest batch", "before test greedy", "train", "dev greedy", "after test greedy"]
     assert [label for label in dict.fromkeys(entered) if label in phases] == phases
     found = "\n".join(sorted(lines))
     assert "train: 0 of 2 steps, step 1 sampled, reward " in found
     assert "train: 1 of 2 steps, reward " in found and "about 1 s left" in found
-    assert "before greedy: 3 of 3 items, " in found and " of 3 right, 1 s so far" in found
+    assert "before test greedy: 3 of 3 items, " in found and " of 3 right, 1 s so far" in found
