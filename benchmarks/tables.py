@@ -57,7 +57,7 @@ class Study:
     def difference(self, arm: str, other: str, place: str) -> str:
         """Of greedy accuracies, paired by seed."""
         a, b = (self.of(name, place, "accuracy") for name in (arm, other))
-        return interval(*student([a[seed] - b[seed] for seed in a]), "+.3f")
+        return interval(*student([a[seed] - b[seed] for seed in a if seed in b]), "+.3f")
 
     def seconds(self, arm: str) -> float:
         return mean({row["seed"]: row["cpu_seconds"] for row in self.rows if row["arm"] == arm})
@@ -78,11 +78,12 @@ def demo(found: dict) -> str:
         "dapo": "DAPO",
         "ppo": "PPO",
     }
-    header = ["trained by", "sampled", "greedy", "longer courses, sampled", "greedy"]
+    header = ["trained by", "seeds", "sampled", "greedy", "longer courses, sampled", "greedy"]
     header += ["words of thinking", "right with the true steps", "CPU seconds"]
     rows = []
     for arm, told in arms.items():
-        row = [told, *(study.cell(arm, "fresh", f"{how}accuracy") for how in ("sampled_", ""))]
+        row = [told, len(study.of(arm, "fresh", "n"))]
+        row += [study.cell(arm, "fresh", f"{how}accuracy") for how in ("sampled_", "")]
         row += [study.cell(arm, "longer", f"{how}accuracy") for how in ("sampled_", "")]
         thinks = arm not in (answers, "start")
         row += [f"{mean(study.of(arm, 'fresh', 'think_words')):.1f}"]
@@ -92,11 +93,10 @@ def demo(found: dict) -> str:
     against = [f"{place} {study.difference('grpo', answers, where)}" for place, where in PLACES]
     upper = [f"{place} {study.difference('grpo', rationales, where)}" for place, where in PLACES]
     explained = [row["explained_variance_best5"] for row in found["rows"] if row["arm"] == "ppo"]
-    seeds = sorted({row["seed"] for row in found["rows"]})
     return (
-        f"{table(header, rows)}\n\nMeans over seeds {seeds[0]} to {seeds[-1]} with Student's 95% "
-        f"intervals, on {found['rows'][0]['fresh']['n']} fresh vignettes of two to four results "
-        "and as many of five and six. GRPO minus SFT on answers, greedy, paired by seed: "
+        f"{table(header, rows)}\n\nMeans over seeds with Student's 95% intervals, on "
+        f"{found['rows'][0]['fresh']['n']} fresh vignettes of two to four results and as many of "
+        "five and six. GRPO minus SFT on answers, greedy, paired by seed: "
         f"{'; '.join(against)}; minus SFT with rationales: {'; '.join(upper)}. CPU seconds of GRPO "
         f"hold the warm start, the others begin at the same. PPO's critic explains up to "
         f"{span(explained, '.2f')} of the variance. {found['machine']}. Commit {found['commit']}."
