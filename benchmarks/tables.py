@@ -31,7 +31,9 @@ def span(values: list[float], form: str) -> str:
 
 
 def interval(value: float, low: float, high: float, form: str = ".3f") -> str:
-    """0.977 [0.953, 0.989]"""
+    """0.977 [0.953, 0.989]; without an interval where there is none"""
+    if low != low:  # NaN, of a single seed
+        return f"{value:{form}}"
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
