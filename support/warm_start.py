@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 from data import Item
@@ -20,6 +19,7 @@ from policy import Policy, Rollout, collate
 from support import demo_task
 from support.demo_model import demo_policy, tiny_vl_policy
 from support.distributed import say
+from support.progress import Progress
 from support.seeds import fold
 from support.text import LETTERS
 
@@ -103,19 +103,23 @@ class ProtocolLessons:
         rates: the learning rate of the first and of the last one.
         """
         recent = defaultdict(lambda: deque([9.0] * 5, maxlen=5))
-        bar = tqdm(range(limit), desc=f"warm start: {name}", leave=False, disable=None)
-        for step in bar:
-            rate = rates[0] + (rates[1] - rates[0]) * step / limit
-            self.optimizer.param_groups[0]["lr"] = rate * min((self.taken + 1) / 20, 1.0)
-            for what, loss in self.learn(lesson(step), name == "mixture").items():
-                recent[what].append(loss)
-            self.taken += 1
-            losses = {what: sum(of_five) / 5 for what, of_five in recent.items()}
-            if gates and all(losses.get(what, 9.0) < gate for what, gate in gates.items()):
-                bar.close()
-                break
-        told = ", ".join(f"{what} {loss:.3f}" for what, loss in losses.items())
+        with Progress(f"warm start: {name}", limit, "step") as progress:
+            for step in range(limit):
+                rate = rates[0] + (rates[1] - rates[0]) * step / limit
+                self.optimizer.param_groups[0]["lr"] = rate * min((self.taken + 1) / 20, 1.0)
+                for what, loss in self.learn(lesson(step), name == "mixture").items():
+                    recent[what].append(loss)
+                self.taken += 1
+                losses = {what: sum(of_five) / 5 for what, of_five in recent.items()}
+                told = ", ".join(f"{what} {loss:.3f}" for what, loss in losses.items())
+                progress.update(1, f"loss of a {told}")
+                known = all(losses.get(what, 9.0) < gate for what, gate in (gates or {}).items())
+                if gates and known:
+                    break
         say(f"warm start: {name}, {step + 1} steps; loss of a {told}")
+        if gates and not known:
+            below = ", ".join(f"{what} {gate}" for what, gate in gates.items())
+            say(f"that is not learned ({below}): such a start stays at chance; try another --seed")
 
     # -- the lessons: rollouts that nobody sampled
     def drill(self, plain: bool = True) -> list[Rollout]:
@@ -249,21 +253,20 @@ def lesion_start(
     rng = random.Random(f"warm {config.seed}")
     starts = {item.id: policy.start(item, 0, "think") for item in items}
     n = clean_steps + spoilt_steps
-    bar = tqdm(range(n), desc="warm start", unit="step", leave=False, disable=None)
-    for step in bar:
-        if bar.disable and step % 100 == 0:  # no terminal: a line now and then
-            say(f"warm start: step {step} of {n}")
-        # Warm-up, constant, linear to 0 in the second half.
-        schedule = min((step + 1) / 20, 1.0, 2 * (1 - step / clean_steps))
-        is_spoilt = step >= clean_steps
-        optimizer.param_groups[0]["lr"] = 1e-3 if is_spoilt else 2.5e-3 * schedule
-        rollouts = []
-        for item in data.batch_for_step(items, step, 32, f"warm {config.seed}"):
-            start = replace(starts[item.id], group=len(rollouts))
-            text = lesion_text(start.item, of_task[item.task], is_spoilt, rng)
-            rollouts.append(policy.written(start, text, end=True))
-        batch = collate(rollouts, policy.device)
-        descend(policy, optimizer, -policy.score(batch).logps.sum() / batch.mask.sum())
+    with Progress("warm start", n, "step") as progress:
+        for step in range(n):
+            # Warm-up, constant, linear to 0 in the second half.
+            schedule = min((step + 1) / 20, 1.0, 2 * (1 - step / clean_steps))
+            is_spoilt = step >= clean_steps
+            optimizer.param_groups[0]["lr"] = 1e-3 if is_spoilt else 2.5e-3 * schedule
+            rollouts = []
+            for item in data.batch_for_step(items, step, 32, f"warm {config.seed}"):
+                start = replace(starts[item.id], group=len(rollouts))
+                text = lesion_text(start.item, of_task[item.task], is_spoilt, rng)
+                rollouts.append(policy.written(start, text, end=True))
+            batch = collate(rollouts, policy.device)
+            descend(policy, optimizer, -policy.score(batch).logps.sum() / batch.mask.sum())
+            progress.update()
 
 
 def lesion_text(item: Item, others: list[Item], spoilt: bool, rng: random.Random) -> str:
