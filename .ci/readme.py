@@ -34,6 +34,10 @@ RULES = [  # (what a command looks like, the flags added to it); the first that 
     (r"train\.py --recipe med-rlvr --algo sft", f"{TEXT} --samples 1 --max-prompt 4096"),
     (r"train\.py --recipe v-rft --algo sft", f"{SIGHT} --samples 1 --data-dir MEDMNIST"),
     (
+        r"train\.py --recipe med-rlvr --full",
+        f"{TEXT} --samples 1 --minibatches 2 --max-prompt 4096",
+    ),
+    (
         r"train\.py --recipe med-rlvr",
         f"{TEXT} --samples 1 --minibatches 2 --max-prompt 4096 --out runs/medqa-ppo-1",
     ),
