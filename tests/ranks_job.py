@@ -103,6 +103,8 @@ class Watch:
 
     def sample(self, *args) -> list:
         rollouts = self.sampler(*args)
+        if len(args) == 5:  # a part of an evaluation, of this process alone
+            return rollouts
         if self.name == "emptied":
             rollouts = [replace(r, group=min(r.group, 1)) for r in rollouts if r.group in (0, 4)]
         self.tokens.append([rollout.completion_ids for rollout in rollouts])
