@@ -9,21 +9,20 @@ resumed with the same questions or not at all:
 """
 
 import json
-import sys
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 import data
 from policy import Rollout
 from support.alarms import describe
-from support.errors import UsageError
+from support.errors import UsageError, run
 from support.parser import Parser
 
 FEW = 0.25  # the share of a batch that teaches below which it is said what would help; our choice
 
 
-def rates_of(completions: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """(id of the item, whether right) of each completion -> {id: share of them that are right}
+def rates_of(completions: Iterable[tuple[Hashable, bool]]) -> dict[Hashable, float]:
+    """(an item's id or its group, whether right) of each completion -> {it: the share right}
 
     >>> rates_of([("a", True), ("b", False), ("a", False)])
     {'a': 0.5, 'b': 0.0}
@@ -80,13 +79,12 @@ def advice(x: dict) -> str:
     """What would help where little of a batch teaches. x: of `look`."""
     longer = "most completions are cut before they end: raise --max-new"
     if not x["well_formed"]:
-        return (
+        way_on = (
             "no completion has the form that the reward asks for, so there is nothing to learn "
             "from: --algo sft first, which teaches the form, then --init with its run; another "
             "--template or --style; or a larger or instruction-tuned --model"
-            + f"; and {longer}"
-            * (x["cut"] > 0.5)
         )
+        return f"{way_on}; and {longer}" if x["cut"] > 0.5 else way_on
     if x["cut"] > 0.5:
         return longer
     if x["all_right"] > x["all_wrong"]:
@@ -170,8 +168,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        print(f"pass_rates.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run(main, "pass_rates.py")

@@ -28,6 +28,7 @@ import rewards
 from data import Item
 from support import charts, hub, image_sets, pictures, runs, statistics
 from support.errors import UsageError
+from support.errors import run as run_program
 from support.parser import Parser
 
 # The log holds the whole of their items, which are questions without images: nothing is loaded.
@@ -308,8 +309,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_program(main, "report.py")
