@@ -317,6 +317,7 @@ class Settings:
     init: dict[str, Tensor] | None = None  # another run's weights: the beginning, the reference
     train_vision: bool = False
     checkpointing: bool = False  # of activations: the layers run again in the backward pass
+    fp32_head: bool = False  # logits by a product in fp32, whatever the others are in
     template: str = "auto"  # this and the next: see support/tokens.py
     stop_answer: str = "auto"
     seed: int = 0  # of the adapters
@@ -338,6 +339,7 @@ class Policy:
         use = Settings(**settings)
         self.model, self.tokenizer = model.requires_grad_(use.lora == 0).eval(), tokenizer
         self.device, self.checkpointing = model.device, use.checkpointing
+        self.fp32_head = use.fp32_head
         self.tokens = Tokens(model, tokenizer, use.template, use.stop_answer)
         self.vision = None
         if image_processor:
@@ -359,8 +361,7 @@ class Policy:
         self.cache_argument = loading.cache_argument(model)
         self.replay = self.device.type == "cuda"  # decoding steps, as CUDA graphs
         self.least_span = 256 if self.replay else 64  # that a step looks at
-        loading.without_dropout(model)
-        loading.fuse_norms(model)
+        loading.prepare(model, use.fp32_head)
 
         self.switch = {"adapters": "policy" if use.lora else None}
         names = ["policy"]
@@ -470,9 +471,12 @@ class Policy:
 
         The one place where sampler, scorer and reference get theirs, forbidden ids left out.
         """
-        with self.autocast():
-            logits = self.model.lm_head(hidden)
-        logits = logits.float()
+        if self.fp32_head:
+            with torch.autocast(self.device.type, enabled=False):
+                logits = self.model.lm_head(hidden.float())
+        else:
+            with self.autocast():
+                logits = self.model.lm_head(hidden).float()
         if temperature not in (0, 1):
             logits = logits / temperature
         if len(self.forbidden):  # not -inf: 0 x -inf in the entropy would be NaN

@@ -50,6 +50,8 @@ CASES = {
     "full with KL on 80 GB": Case(f"{LONG} --full", 350, footprint.PHASES, 80),
     "ppo, critic lora, update": Case(f"{RECIPE} --micro-batch 8", 1024),
     "med-rlvr, sampling, 256 x 1": Case(RECIPE, 1024, ("sampling",)),
+    "med-rlvr, all weights, on 80 GB": Case(f"{RECIPE} --full", 1024, footprint.PHASES, 80),
+    "lora, head in fp32, update": Case(f"{GRPO} --micro-batch 1 --fp32-head"),
     "med-rlvr on 24 GB": Case(RECIPE, 1024, footprint.PHASES, 24),
     "grpo 8 x 1,024 on 24 GB": Case(LONG, 350, footprint.PHASES, 24),
 }
@@ -67,8 +69,10 @@ def policy_of(config: Config, size, length: int, prompts: int) -> tuple[Policy, 
         0 if config.full else config.lora,
         torch.float32 if config.full else torch.bfloat16,
         checkpointing=config.checkpointing,
+        fp32_head=config.fp32_head,
         keep_reference=config.kl_coef > 0,
         critic=config.critic if config.advantage == "gae" else "",
+        critic_rank=config.lora,
     )
     policy.tokens.eos_ids = [0]  # in a simulation every token: the buffers are whole, steps few
     return policy, shapes.items_of(size)

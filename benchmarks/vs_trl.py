@@ -375,8 +375,9 @@ def one_side(args) -> dict:
 def run(args, side: str, **changes) -> dict:
     spec = vars(args) | {"side": side, "vocabulary": 0} | changes
     quiet = {"PYTHONWARNINGS": "ignore::FutureWarning", "TOKENIZERS_PARALLELISM": "false"}
+    both = ["--model", args.model, "--data-dir", args.data_dir]
     done = subprocess.run(
-        [sys.executable, __file__, "--side", json.dumps(spec)],
+        [sys.executable, __file__, *both, "--side", json.dumps(spec)],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | quiet,

@@ -63,6 +63,9 @@ class Config:
         0, "prompts a forward pass, for memory only: the gradient stays; 0 = as many as fit"
     )
     checkpointing: bool = setting(True, "recompute activations in the backward pass")
+    fp32_head: bool = setting(
+        False, "logits by a product in fp32 on a GPU too: less rounding, and a longer update"
+    )
     # the algorithm: --algo sets the rest of this block, and flags override it
     algo: str = setting(
         "grpo",

@@ -39,12 +39,15 @@ def memory(config: Config, model: Model, prompt: int, sizes: Sizes) -> dict[str,
     """
     shape, number = model.shape, 4 if model.fp32 else 2  # bytes of a number in a forward pass
     weights = number * model.total + 4 * model.trained  # a frozen base, and fp32 adapters
+    embedding = shape.vocab_size * shape.hidden_size
     if config.full:
         weights = 4 * model.total
+    elif config.fp32_head and not model.fp32:
+        weights += 4 * embedding  # as large as the head
     adapted = config.advantage == "gae" and config.critic == "lora"  # the critic, on the reference
     if config.full and (config.kl_coef or adapted):  # a copy; with LoRA the base is the reference
-        embedding = shape.vocab_size * shape.hidden_size  # stays fp32
-        weights += number * (model.total - embedding) + 4 * embedding
+        kept = embedding * (1 if shape.tie_word_embeddings else 2)  # it and the head stay fp32
+        weights += number * (model.total - kept) + 4 * kept
     rows, eval_rows = (min(sizes.sample_rows, n) for n in (config.prompts * config.samples, 128))
     groups = math.ceil(rows / config.samples)
     return {

@@ -115,6 +115,14 @@ def refuse_unserved(config) -> None:
         )
 
 
+def prepare(model: nn.Module, fp32_head: bool) -> None:
+    """What we change of any model before it is used."""
+    without_dropout(model)
+    fuse_norms(model)
+    if fp32_head:
+        widen_head(model)
+
+
 def without_dropout(model: nn.Module) -> None:
     """Dropout off for good: with it, two scoring passes of the same weights would differ."""
     for module in model.modules():
@@ -141,15 +149,22 @@ def fuse_norms(model: nn.Module) -> None:
             layer.forward = partial(F.rms_norm, normalized_shape=(width,), **kwargs)
 
 
+def widen_head(model: nn.Module) -> None:
+    """The head's weights in fp32, apart from an embedding in bf16 that they are tied to."""
+    weight = model.lm_head.weight
+    if weight.dtype != torch.float32:
+        model.lm_head.weight = nn.Parameter(weight.float(), requires_grad=weight.requires_grad)
+
+
 def halve_linear_layers(model: nn.Module) -> None:
     """Round the weights of a frozen fp32 model's linear layers to bf16, in place.
 
     Autocast rounds these weights for every product anyway, so its outputs do not change by a bit.
-    What is added up between the products stays fp32: the embedding, and a head that is tied to it.
+    What is added up between the products stays fp32: the embedding. So does the head, which may be
+    tied to it, or be asked for in fp32.
     """
-    embedding = model.get_input_embeddings().weight
     for layer in model.modules():
-        if isinstance(layer, nn.Linear) and layer.weight is not embedding:
+        if isinstance(layer, nn.Linear) and layer is not model.lm_head:
             layer.to(torch.bfloat16)
 
 
@@ -199,8 +214,8 @@ def enable_checkpointing(models, context_fn) -> None:
         enable({"use_reentrant": False, "context_fn": context_fn})
 
 
-def model_size(name_or_path: str, rank: int) -> tuple[int, int]:
-    """(weights, weights trained) of a model, from its config alone. rank 0: all are trained."""
+def model_size(name_or_path: str) -> tuple[int, int]:
+    """(weights, those of adapters of rank 1) of a model, from its config alone."""
     try:
         config = AutoConfig.from_pretrained(name_or_path)
         kind = AutoModelForCausalLM
@@ -212,4 +227,4 @@ def model_size(name_or_path: str, rank: int) -> tuple[int, int]:
         raise UsageError(f"cannot read the config of {name_or_path}: {first_line(error)}") from None
     total = sum(p.numel() for p in model.parameters())
     linear = [m for m in model.get_decoder().modules() if isinstance(m, nn.Linear)]
-    return total, rank * sum(m.in_features + m.out_features for m in linear) if rank else total
+    return total, sum(layer.in_features + layer.out_features for layer in linear)

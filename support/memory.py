@@ -26,10 +26,22 @@ from support.progress import Progress
 
 
 def model_of(policy: Policy) -> Model:
-    weights, trained = policy.model.parameters(), policy.trainable().values()
+    trained = policy.trainable().values()
+    # The critic's adapters may stand on the frozen copy.
+    weights = {*policy.model.parameters(), *trained}
     shape = policy.model.config.get_text_config(decoder=True)
     fp32 = loading.product_dtype(policy.device) == torch.float32
     return Model(shape, sum(p.numel() for p in weights), sum(p.numel() for p in trained), fp32)
+
+
+def weights_of(config: Config) -> tuple[int, int]:
+    """How many weights the model has, and how many of it and of the critic are trained."""
+    total, of_rank_1 = loading.model_size(config.model)
+    adapters = config.lora * of_rank_1
+    trained = total if config.full else adapters
+    if config.advantage == "gae" and config.critic == "lora":
+        trained += adapters
+    return total, trained
 
 
 def check_hub(config: Config) -> None:
@@ -43,7 +55,7 @@ def check_hub(config: Config) -> None:
             f"not on this machine, and the hub cannot be reached: {' and '.join(missing)}. "
             f"Connect to the network, or give {' and '.join(missing.values())}"
         )
-    total, trained = loading.model_size(config.model, 0 if config.full else config.lora)
+    total, trained = weights_of(config)
     device = loading.pick_device(config.device)
     if device == "cpu" and config.device != "cpu" and total > 1e9:
         raise UsageError(
@@ -71,8 +83,7 @@ def refuse_small_card(config: Config, model: Model, prompt: int, free: float) ->
     """UsageError where not even the smallest sizes fit: what is missing, and what would fit."""
 
     def needed(config: Config) -> int:
-        _, trained = loading.model_size(config.model, 0 if config.full else config.lora)
-        smaller = model._replace(trained=trained)
+        smaller = model._replace(trained=weights_of(config)[1])
         return peak(memory(config, smaller, prompt, fit(config, smaller, prompt, free)))
 
     if 0.9 * (need := needed(config)) <= free:  # the table is right within a tenth

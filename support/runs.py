@@ -64,7 +64,7 @@ def base_model(run: str | Path, config: dict) -> str:
 
 def policy_settings(config: dict) -> dict:
     """The arguments of Policy.load that a run's config fixes."""
-    names = ("template", "stop_answer", "seed", "train_vision", "max_pixels")
+    names = ("template", "stop_answer", "seed", "train_vision", "max_pixels", "fp32_head")
     return {"lora": 0 if config["full"] else config["lora"], **{n: config[n] for n in names}}
 
 

@@ -340,6 +340,22 @@ def test_the_bf16_reference_is_counted(model_dir, bf16_products):
     assert parts["weights"] == pytest.approx(4 * total + reference, rel=0.01)  # but for norms
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("critic", ["", "lora"])
+def test_weights_are_counted_before_a_model_is_loaded(model_dir, full, critic):
+    """As the policy has them, the critic's adapters among them; but for the value head."""
+    config = replace(CONFIG, model=model_dir, full=full, critic="lora")
+    config.advantage = "gae" if critic else "group"
+    lora = 0 if full else config.lora
+    policy = Policy.load(model_dir, lora=lora, critic=critic, critic_rank=config.lora)
+    trained = [p.numel() for name, p in policy.trainable().items() if "value_head" not in name]
+    model, of_rank_1 = loading.model_size(model_dir)
+    assert memory.weights_of(config) == (model, sum(trained))
+    adapters = (not full) + bool(critic)
+    head = 64 + 1 if critic else 0
+    assert memory.model_of(policy).total == model + adapters * config.lora * of_rank_1 + head
+
+
 # ------------------------------------------------------------------- before the first step
 def test_preflight_puts_in_force_what_fits(model_dir, monkeypatch, capsys):
     """Almost no memory: the smallest sizes, and a word that even they may not fit."""

@@ -263,6 +263,30 @@ def test_head_by_chunks_is_the_whole_head(items):
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_in_fp32_rounds_nothing_to_bf16(items, bf16_products, lora, tied):
+    """With all weights trained in fp32 under autocast, with adapters on weights in bf16."""
+    gaps = []
+    for fp32_head in (False, True):
+        model = llama(tie_word_embeddings=tied).to(torch.bfloat16 if lora else torch.float32)
+        embedding = model.get_input_embeddings().weight
+        settings = dict(lora=lora, keep_reference=True, fp32_head=fp32_head)
+        policy = Policy(model, character_tokenizer(), **settings)
+        batch = collate(made_up(policy, items[:2], [[4, 2], [3, 5]]))
+        with policy.reference():
+            reference = policy.score(batch).logps
+        assert torch.equal(policy.score(batch).logps, reference)
+        assert embedding.dtype == (torch.bfloat16 if lora else torch.float32)
+        assert policy.model.get_input_embeddings().weight is embedding
+        with torch.no_grad(), policy.autocast():  # sampling stands within one such block
+            hidden = policy.counted_states(batch)
+            logits = policy.logits(hidden, 1.0)
+        exact = hidden.double() @ policy.model.lm_head.weight.double().T
+        gaps.append((logits - exact).abs().max().item())
+    assert gaps[0] > 1e-4 and gaps[1] < 1e-6
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("critic", ["", "head", "lora"])
 def test_under_autocast_only_products_are_in_bf16(items, demo, critic, checkpointing):
@@ -372,16 +396,14 @@ def test_reference_of_a_whole_model_is_the_kept_copy(items):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_reference_in_half_the_memory_starts_as_the_policy(items, bf16_products, tied):
-    """The KL is exactly 0 before any update, and linear layers, but for a tied one, are in bf16."""
+    """The KL is exactly 0 before any update, and linear layers, but for the head, are in bf16."""
     model = llama(tie_word_embeddings=tied)
     policy = Policy(model, character_tokenizer(), lora=0, keep_reference=True)
     batch = collate(made_up(policy, items[:2], [[4, 2], [3, 5]]))
     with policy.reference():
         reference = policy.score(batch).logps
     assert torch.equal(policy.score(batch).logps.detach(), reference)
-    # Tied, the head has no name of its own: it is the embedding.
-    names = [name for name, _ in policy.model.named_parameters()]
-    linear = {name for name in names if "proj" in name or "head" in name}
+    linear = {name for name, _ in policy.model.named_parameters() if "proj" in name}
     half = {name for name, p in policy.frozen.named_parameters() if p.dtype == torch.bfloat16}
     assert half == linear
     assert all(p.dtype == torch.float32 for p in policy.model.parameters())
