@@ -47,6 +47,8 @@ TRAINED = {
     "ppo, lora": f"{ADAPTERS} {PPO} --critic lora --minibatches 2 {SHORT}",
     "ppo, full, critic lora": f"--model MODEL --full {PPO} --critic lora {SHORT}",
     "dapo": f"{ADAPTERS} --algo dapo {SHORT} --samples 8",
+    "head in fp32": f"--model MODEL --full --kl-coef 0.1 --fp32-head {SHORT}",
+    "lora, head in fp32": f"{ADAPTERS} --kl-coef 0.1 --fp32-head {SHORT}",
     "sft": f"{ADAPTERS} --algo sft --prompts 4 {SHORT} --samples 1",
     "images, frozen tower": f"{IMAGES} --no-full --task classify {SHORT}",
     "images, trained tower": f"{IMAGES} --train-vision --task localize {SHORT}",

@@ -43,7 +43,7 @@ def memory(config: Config, model: Model, prompt: int, sizes: Sizes) -> dict[str,
     if config.full:
         weights = 4 * model.total
     elif config.fp32_head and not model.fp32:
-        weights += 4 * embedding  # as large as the head
+        weights += 2 * embedding  # the head's numbers are in `total`, at two bytes each
     adapted = config.advantage == "gae" and config.critic == "lora"  # the critic, on the reference
     if config.full and (config.kl_coef or adapted):  # a copy; with LoRA the base is the reference
         kept = embedding * (1 if shape.tie_word_embeddings else 2)  # it and the head stay fp32
