@@ -18,6 +18,7 @@ from training import (
 )
 
 import data
+import rewards
 import train
 from benchmarks.one_step import OneStep, update
 from policy import Batch, Policy, collate
@@ -268,6 +269,23 @@ def test_a_referral_ends_reasoning_unless_guarded(guard, tmp_path):
         assert result["after"]["accuracy"] < 0.4 and result["after"]["think_words"] < 4
         assert last_stages(out, "direct answer hacker") > 0.9
         assert any("thinking shrank" in text or "held-out accuracy" in text for text in alarms)
+
+
+@pytest.mark.slow
+def test_the_critic_foresees_an_outcome_that_can_be_seen(model_dir, tmp_path, monkeypatch):
+    """Paid is how a text begins, so its first token tells the rest; the policy stands still.
+
+    Where the last letter decides, as on the demo, nothing before it foretells the reward.
+    """
+
+    def opens(verdict, config):
+        return float(not verdict.parsed.before and verdict.parsed.think != "")
+
+    monkeypatch.setitem(rewards.REWARDS, "opens", opens)
+    flags = "--algo ppo --reward opens --steps 40 --critic-warmup 40 --prompts 8"
+    out = run(model_dir, tmp_path / "run", *flags.split(), *QUICK)
+    explained = [line["explained_variance"] for line in rows(out / "metrics.jsonl")]
+    assert abs(explained[0]) < 0.1 and sum(explained[-5:]) / 5 > 0.5
 
 
 @pytest.mark.slow
