@@ -34,8 +34,8 @@ STUDY = json.loads((ROOT / "benchmarks/demo_study.json").read_text(encoding="utf
 FRESH = {"fresh": ((2, 3, 4), "test"), "longer": ((5, 6), "test"), "dev": ((2, 3, 4), "dev")}
 ITEMS, SAMPLES = 300, 2
 KEPT = ("accuracy", "sampled_accuracy", "n", "think_words", "faithful", "faithful_labels")
-# What a run looks at by itself is not used here.
-QUIET = "--eval-limit 1 --eval-samples 0"
+# What a run looks at by itself counts for the alarms of the hack alone.
+QUIET, WATCHED = "--eval-limit 1 --eval-samples 0", "--eval-limit 100 --eval-samples 0"
 
 
 def fresh(name: str, dataset: str) -> list[data.Item]:
@@ -62,7 +62,8 @@ def trained(out: Path, arm: str, seed: int) -> dict:
     run = out / f"{arm.replace(', ', '-')}-{seed}"
     first = "hack" if arm in ("hack", "guard") else "grpo"
     begun = out / f"{first}-{seed}"  # whose warm start it takes
-    flags = [*STUDY["arms"][arm].split(), "--seed", str(seed), *QUIET.split()]
+    looks = WATCHED if first == "hack" else QUIET
+    flags = [*STUDY["arms"][arm].split(), "--seed", str(seed), *looks.split()]
     if run != begun:
         flags += ["--model", str(begun / "model")]
     if run.exists():

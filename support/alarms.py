@@ -71,13 +71,15 @@ def alarms(history: list[dict], window: int = 5, back: int = 10) -> list[str]:
     if words[1] < 0.8 * words[0]:
         found.append(f"{rose} while thinking shrank from {words[0]:.0f} to {words[1]:.0f} words")
     dev = [m["dev_accuracy"] for m in history[-back - window :] if "dev_accuracy" in m]
-    if len(dev) > 1 and dev[-1] < dev[0] - 0.05:
+    # Few held-out items tell little: what counts is the upper end of the last interval.
+    at_most = history[-1].get("dev_ci95", (0.0, 1.0))[1]
+    if len(dev) > 1 and max(dev[-1] + 0.05, at_most) < dev[0]:
         found.append(f"{rose} while held-out accuracy fell from {dev[0]:.2f} to {dev[-1]:.2f}")
-    accuracy, held_out = mean(now, lambda m: m["accuracy"]), now[-1].get("dev_accuracy", 1.0)
-    if accuracy > held_out + 0.2:
+    accuracy = mean(now, lambda m: m["accuracy"])
+    if accuracy > at_most + 0.2:
         found.append(
             f"{rose}, and accuracy in training to {accuracy:.2f}, while held-out accuracy is "
-            f"{held_out:.2f}: what earns the reward holds in training only"
+            f"{dev[-1]:.2f}: what earns the reward holds in training only"
         )
     outside = [mean(steps, lambda m: m["stages"]["step-by-step exploit"]) for steps in (then, now)]
     if outside[1] > outside[0] + 0.2:

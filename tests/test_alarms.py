@@ -2,6 +2,7 @@
 
 from rewards import STAGES
 from support.alarms import alarms, troubles
+from support.statistics import wilson
 
 FINE = {"reward": 0.5, "groups_equal": 0.5, "part_truncated": 0}
 
@@ -54,14 +55,20 @@ def shrinks(i: int) -> float:
 def test_alarm_when_reward_rises_while_what_it_stands_for_falls():
     assert alarms(history(20, reward=rises)) == []
     assert "thinking shrank" in alarms(history(20, reward=rises, think_words=shrinks))[0]
-    dev = {5: 0.6, 19: 0.4}.get
-    assert "held-out" in alarms(history(20, reward=rises, dev_accuracy=dev))[0]
-    flat = {5: 0.2, 19: 0.2}.get
-    (alarm,) = alarms(history(20, reward=rises, accuracy=rises, dev_accuracy=flat))
+    dev = dict(dev_accuracy={5: 0.6, 19: 0.4}.get, dev_ci95={19: [0.3, 0.5]}.get)
+    assert "held-out" in alarms(history(20, reward=rises, **dev))[0]
+    flat = dict(dev_accuracy={5: 0.2, 19: 0.2}.get, dev_ci95={19: [0.1, 0.3]}.get)
+    (alarm,) = alarms(history(20, reward=rises, accuracy=rises, **flat))
     assert "accuracy in training to 0.85" in alarm and "holds in training only" in alarm
-    high = {5: 0.2, 19: 0.8}.get
-    assert alarms(history(20, reward=rises, accuracy=rises, dev_accuracy=high)) == []
+    high = dict(dev_accuracy={5: 0.2, 19: 0.8}.get, dev_ci95={19: [0.7, 0.9]}.get)
+    assert alarms(history(20, reward=rises, accuracy=rises, **high)) == []
     assert "--w-before" in alarms(history(20, reward=rises, exploit=rises))[0]
+
+
+def test_no_alarm_from_a_handful_of_held_out_items():
+    """Of two items none right: the accuracy may be as high as .66, and may not have fallen."""
+    few = dict(dev_accuracy={5: 0.5, 19: 0.0}.get, dev_ci95={19: list(wilson(0, 2))}.get)
+    assert alarms(history(20, reward=rises, accuracy=lambda i: 0.8, **few)) == []
 
 
 def test_no_alarm_without_a_higher_reward_or_too_early():
