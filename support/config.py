@@ -221,8 +221,8 @@ RECIPES["vrft-aug"] = RECIPES["v-rft"] | {"task": RECIPES["v-rft"]["task"] | AUG
 
 # What an algorithm needs on the demo beside the data set's defaults; found by trials.
 DEMO_ALGOS = {
-    # At twice the demo's rate PPO's policy forgets longer courses once it has learned the others.
-    "ppo": dict(full=False, lora=16, critic="lora", critic_warmup=16, value_lr=3e-3),
+    # At twice this rate PPO's policy forgets longer courses once it has learned the others.
+    "ppo": dict(full=False, lora=16, lr=5e-4, critic="lora", critic_warmup=16, value_lr=3e-3),
     "sft": dict(prompts=32),
     # One optimiser step a rollout, as for GRPO; four were too many on an earlier demo.
     "dapo": dict(minibatches=1),
