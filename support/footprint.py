@@ -46,7 +46,8 @@ def memory(config: Config, model: Model, prompt: int, sizes: Sizes) -> dict[str,
         weights += 2 * embedding  # the head's numbers are in `total`, at two bytes each
     adapted = config.advantage == "gae" and config.critic == "lora"  # the critic, on the reference
     if config.full and (config.kl_coef or adapted):  # a copy; with LoRA the base is the reference
-        kept = embedding * (1 if shape.tie_word_embeddings else 2)  # it and the head stay fp32
+        tied = getattr(shape, "tie_word_embeddings", True)  # a vision model's text has no such word
+        kept = embedding * (1 if tied else 2)  # it and the head stay fp32
         weights += number * (model.total - kept) + 4 * kept
     rows, eval_rows = (min(sizes.sample_rows, n) for n in (config.prompts * config.samples, 128))
     groups = math.ceil(rows / config.samples)
