@@ -379,7 +379,7 @@ class Policy:
             loading.begin_at(use.init, self.trainable("policy"))
         if not use.lora and (use.keep_reference or use.critic == "lora"):
             shares_tower = self.vision and not use.train_vision
-            self.frozen = loading.frozen_copy(model, self.mixed, shares_tower)
+            self.frozen = loading.frozen_copy(model, self.mixed, use.fp32_head, shares_tower)
             if use.critic == "lora":  # with these adapters it is the critic, without the reference
                 copied = self.frozen.get_decoder()
                 add_lora(copied, use.critic_rank, self.switch, ["critic"], use.seed)

@@ -36,6 +36,8 @@ ITEMS, SAMPLES = 300, 2
 KEPT = ("accuracy", "sampled_accuracy", "n", "think_words", "faithful", "faithful_labels")
 # What a run looks at by itself counts for the alarms of the hack alone.
 QUIET, WATCHED = "--eval-limit 1 --eval-samples 0", "--eval-limit 100 --eval-samples 0"
+# While transformers loads a model, others that threads of this process make would be without data.
+LOADING = Lock()
 
 
 def fresh(name: str, dataset: str) -> list[data.Item]:
@@ -81,7 +83,8 @@ def trained(out: Path, arm: str, seed: int) -> dict:
         raise SystemExit(f"demo.py: {run} failed: see {said.name}")
     with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
         metrics = [json.loads(line) for line in lines]
-    policy, config = runs.open_policy(str(run), "cpu")
+    with LOADING:
+        policy, config = runs.open_policy(str(run), "cpu")
     row = {"arm": arm, "seed": seed, "steps": metrics[-1]["step"]}
     row |= {"cpu_seconds": round(used.ru_utime + used.ru_stime, 1), "alone": run == begun}
     row |= looked_at(policy, Config(**config))
@@ -98,7 +101,8 @@ def trained(out: Path, arm: str, seed: int) -> dict:
 
 def start(out: Path, seed: int) -> dict:
     """The warm start of a seed, before any of the arms."""
-    policy = runs.Policy.load(str(out / f"grpo-{seed}" / "model"), lora=0)
+    with LOADING:
+        policy = runs.Policy.load(str(out / f"grpo-{seed}" / "model"), lora=0)
     config = Config(**data.LOADERS["demo"].defaults)
     return {"arm": "start", "seed": seed, "cpu_seconds": 0.0, **looked_at(policy, config)}
 
@@ -126,9 +130,11 @@ def main() -> None:
     args = p.parse_args()
     loading.quiet()
     torch.set_num_threads(1)
-    found = facts(args.jobs) | {"rows": []}
+    found = facts(args.jobs) | {"study": STUDY["fixed"], "rows": []}
     if args.json.exists():
         found = json.loads(args.json.read_text(encoding="utf-8"))
+    if found.get("study") != STUDY["fixed"]:
+        raise SystemExit(f"demo.py: {args.json} holds another study; name a new file")
     writing = Lock()
 
     def keep(row: dict) -> None:

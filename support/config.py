@@ -64,7 +64,8 @@ class Config:
     )
     checkpointing: bool = setting(True, "recompute activations in the backward pass")
     fp32_head: bool = setting(
-        False, "logits by a product in fp32 on a GPU too: less rounding, and a longer update"
+        False,
+        "logits by a product in fp32 on a GPU too: less rounding, slower sampling and updates",
     )
     # the algorithm: --algo sets the rest of this block, and flags override it
     algo: str = setting(

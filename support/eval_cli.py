@@ -193,9 +193,10 @@ def of_run(run: dict) -> Config:
 
 
 def opened(name: str, args: argparse.Namespace, trained: dict) -> tuple[Policy, dict]:
-    """The policy, with the template, the stop and the image size that `settings` gives."""
+    """The policy, with the template, the stop, the image size and the head of `settings`."""
     config = settings(args, trained)
-    how = {key: getattr(config, key) for key in ("template", "stop_answer", "max_pixels")}
+    names = ("template", "stop_answer", "max_pixels", "fp32_head")
+    how = {name: getattr(config, name) for name in names}
     return runs.open_policy(name, loading.pick_device(args.device), **how)
 
 

@@ -46,9 +46,7 @@ def memory(config: Config, model: Model, prompt: int, sizes: Sizes) -> dict[str,
         weights += 2 * embedding  # the head's numbers are in `total`, at two bytes each
     adapted = config.advantage == "gae" and config.critic == "lora"  # the critic, on the reference
     if config.full and (config.kl_coef or adapted):  # a copy; with LoRA the base is the reference
-        tied = getattr(shape, "tie_word_embeddings", True)  # a vision model's text has no such word
-        kept = embedding * (1 if tied else 2)  # it and the head stay fp32
-        weights += number * (model.total - kept) + 4 * kept
+        weights += number * (model.total - embedding) + 4 * embedding  # that stays fp32
     rows, eval_rows = (min(sizes.sample_rows, n) for n in (config.prompts * config.samples, 128))
     groups = math.ceil(rows / config.samples)
     return {

@@ -156,19 +156,22 @@ def widen_head(model: nn.Module) -> None:
         model.lm_head.weight = nn.Parameter(weight.float(), requires_grad=weight.requires_grad)
 
 
-def halve_linear_layers(model: nn.Module) -> None:
+def halve_linear_layers(model: nn.Module, keep_head: bool) -> None:
     """Round the weights of a frozen fp32 model's linear layers to bf16, in place.
 
     Autocast rounds these weights for every product anyway, so its outputs do not change by a bit.
-    What is added up between the products stays fp32: the embedding. So does the head, which may be
-    tied to it, or be asked for in fp32.
+    What is added up between the products stays fp32: the embedding, and a head that is tied to it.
+    keep_head: any head does, since its product is in fp32 too.
     """
+    kept = [model.get_input_embeddings().weight]
+    if keep_head:
+        kept.append(model.lm_head.weight)
     for layer in model.modules():
-        if isinstance(layer, nn.Linear) and layer is not model.lm_head:
+        if isinstance(layer, nn.Linear) and not any(layer.weight is weight for weight in kept):
             layer.to(torch.bfloat16)
 
 
-def frozen_copy(model: nn.Module, half: bool, shares_tower: bool) -> nn.Module:
+def frozen_copy(model: nn.Module, half: bool, fp32_head: bool, shares_tower: bool) -> nn.Module:
     """The reference of a policy all of whose weights are trained, and the base of its critic.
 
     half: its linear layers in bf16, where products are in bf16 anyway. shares_tower: the vision
@@ -176,7 +179,7 @@ def frozen_copy(model: nn.Module, half: bool, shares_tower: bool) -> nn.Module:
     """
     frozen = copy.deepcopy(model).requires_grad_(False)
     if half:
-        halve_linear_layers(frozen)  # before it shares any with the policy
+        halve_linear_layers(frozen, fp32_head)  # before it shares any with the policy
     if shares_tower:
         frozen.model.visual = model.model.visual
     return frozen
@@ -214,15 +217,20 @@ def enable_checkpointing(models, context_fn) -> None:
         enable({"use_reentrant": False, "context_fn": context_fn})
 
 
-def model_size(name_or_path: str) -> tuple[int, int]:
-    """(weights, those of adapters of rank 1) of a model, from its config alone."""
+def model_size(name_or_path: str, widened: bool = False) -> tuple[int, int]:
+    """(weights, those of adapters of rank 1) of a model, from its config alone.
+
+    widened: with a head of its own in fp32, beside an embedding in bf16.
+    """
     try:
         config = AutoConfig.from_pretrained(name_or_path)
         kind = AutoModelForCausalLM
         if config.model_type in FRAMES:
             kind = AutoModelForImageTextToText
         with torch.device("meta"):
-            model = kind.from_config(config)
+            model = kind.from_config(config, dtype=torch.bfloat16)
+            if widened:
+                widen_head(model)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"cannot read the config of {name_or_path}: {first_line(error)}") from None
     total = sum(p.numel() for p in model.parameters())

@@ -36,7 +36,7 @@ def model_of(policy: Policy) -> Model:
 
 def weights_of(config: Config) -> tuple[int, int]:
     """How many weights the model has, and how many of it and of the critic are trained."""
-    total, of_rank_1 = loading.model_size(config.model)
+    total, of_rank_1 = loading.model_size(config.model, config.fp32_head and not config.full)
     adapters = config.lora * of_rank_1
     trained = total if config.full else adapters
     if config.advantage == "gae" and config.critic == "lora":

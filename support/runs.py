@@ -249,6 +249,8 @@ def export(policy: Policy, run: Path, folder: Path, config: Config, results: lis
     """
     beside = folder.with_name(f"{folder.name}.tmp")
     lora.merge(policy.model)
+    policy.model.tie_weights()  # a head in fp32 was apart
+    policy.model.to(policy.model.dtype)
     settings = {name: x for name, x in asdict(config).items() if x not in ("", 0, False)}
     needs = " AutoProcessor needs torchvision." if policy.vision else ""
     lines = [

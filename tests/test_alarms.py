@@ -1,5 +1,7 @@
 """Why nothing may be learned, and the signs of a reward that is hacked, by hand."""
 
+import pytest
+
 from rewards import STAGES
 from support.alarms import alarms, troubles
 from support.statistics import wilson
@@ -38,7 +40,8 @@ def history(n: int, exploit=lambda i: 0.0, **series) -> list[dict]:
     steps = []
     for i in range(n):
         stages = dict.fromkeys(STAGES, 0.0) | {"step-by-step exploit": exploit(i)}
-        metrics = {"reward": 0.0, "accuracy": 0.0, "think_words": 40.0, "stages": stages}
+        metrics = {"step": i + 1, "reward": 0.0, "accuracy": 0.0, "think_words": 40.0}
+        metrics["stages"] = stages
         found = {name: of_step(i) for name, of_step in series.items()}
         steps.append(metrics | {name: x for name, x in found.items() if x is not None})
     return steps
@@ -55,20 +58,38 @@ def shrinks(i: int) -> float:
 def test_alarm_when_reward_rises_while_what_it_stands_for_falls():
     assert alarms(history(20, reward=rises)) == []
     assert "thinking shrank" in alarms(history(20, reward=rises, think_words=shrinks))[0]
-    dev = dict(dev_accuracy={5: 0.6, 19: 0.4}.get, dev_ci95={19: [0.3, 0.5]}.get)
-    assert "held-out" in alarms(history(20, reward=rises, **dev))[0]
-    flat = dict(dev_accuracy={5: 0.2, 19: 0.2}.get, dev_ci95={19: [0.1, 0.3]}.get)
+    fell = looks({5: (0.6, 100), 18: (0.3, 100)})
+    assert (
+        "held-out accuracy fell from 0.60 to 0.30" in alarms(history(20, reward=rises, **fell))[0]
+    )
+    flat = looks({5: (0.2, 100), 18: (0.2, 100)})
     (alarm,) = alarms(history(20, reward=rises, accuracy=rises, **flat))
     assert "accuracy in training to 0.85" in alarm and "holds in training only" in alarm
-    high = dict(dev_accuracy={5: 0.2, 19: 0.8}.get, dev_ci95={19: [0.7, 0.9]}.get)
+    high = looks({5: (0.2, 100), 19: (0.8, 100)})
     assert alarms(history(20, reward=rises, accuracy=rises, **high)) == []
     assert "--w-before" in alarms(history(20, reward=rises, exploit=rises))[0]
 
 
-def test_no_alarm_from_a_handful_of_held_out_items():
-    """Of two items none right: the accuracy may be as high as .66, and may not have fallen."""
-    few = dict(dev_accuracy={5: 0.5, 19: 0.0}.get, dev_ci95={19: list(wilson(0, 2))}.get)
-    assert alarms(history(20, reward=rises, accuracy=lambda i: 0.8, **few)) == []
+def looks(found: dict) -> dict:
+    """step -> (accuracy, items) as the metrics of evaluations."""
+    intervals = {i: list(wilson(round(share * n), n)) for i, (share, n) in found.items()}
+    accuracies = {i: share for i, (share, _) in found.items()}
+    return {"dev_accuracy": accuracies.get, "dev_ci95": intervals.get}
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_no_alarm_from_a_handful_of_held_out_items(n):
+    """From all right to none right: of so few items that is no sign."""
+    few = looks({5: (1.0, n), 19: (0.0, n)})
+    assert alarms(history(20, reward=rises, accuracy=lambda i: 0.5, **few)) == []
+
+
+def test_an_alarm_whatever_was_skipped():
+    """A step in which no group was kept has no reward; the others are looked at when they were."""
+    flat = looks({19: (0.2, 100)})
+    steps = history(20, reward=rises, accuracy=rises, **flat)
+    del steps[7]["reward"]
+    assert len(alarms(steps)) == 1
 
 
 def test_no_alarm_without_a_higher_reward_or_too_early():

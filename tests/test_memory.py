@@ -342,18 +342,24 @@ def test_the_bf16_reference_is_counted(model_dir, bf16_products):
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("critic", ["", "lora"])
-def test_weights_are_counted_before_a_model_is_loaded(model_dir, full, critic):
-    """As the policy has them, the critic's adapters among them; but for the value head."""
-    config = replace(CONFIG, model=model_dir, full=full, critic="lora")
+@pytest.mark.parametrize("fp32_head", [False, True])
+def test_weights_are_counted_before_a_model_is_loaded(model_dir, full, critic, fp32_head):
+    """As the policy of a GPU has them, the critic's adapters among them; but for the value head."""
+    config = replace(CONFIG, model=model_dir, full=full, critic="lora", fp32_head=fp32_head)
     config.advantage = "gae" if critic else "group"
-    lora = 0 if full else config.lora
-    policy = Policy.load(model_dir, lora=lora, critic=critic, critic_rank=config.lora)
-    trained = [p.numel() for name, p in policy.trainable().items() if "value_head" not in name]
-    model, of_rank_1 = loading.model_size(model_dir)
-    assert memory.weights_of(config) == (model, sum(trained))
-    adapters = (not full) + bool(critic)
-    head = 64 + 1 if critic else 0
-    assert memory.model_of(policy).total == model + adapters * config.lora * of_rank_1 + head
+    policy = Policy.load(
+        model_dir,
+        dtype=torch.float32 if full else torch.bfloat16,
+        lora=0 if full else config.lora,
+        critic=critic,
+        critic_rank=config.lora,
+        fp32_head=fp32_head,
+    )
+    total, trained = memory.weights_of(config)
+    counted = [p.numel() for name, p in policy.trainable().items() if "value_head" not in name]
+    assert trained == sum(counted)
+    held = memory.model_of(policy).total - (64 + 1 if critic else 0)
+    assert held == total + (0 if full and not critic else trained - (total if full else 0))
 
 
 # ------------------------------------------------------------------- before the first step

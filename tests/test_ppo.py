@@ -290,7 +290,7 @@ def test_the_critic_foresees_an_outcome_that_can_be_seen(model_dir, tmp_path, mo
 
 @pytest.mark.slow
 def test_all_weights_learn_by_ppo_with_a_critic_on_the_frozen_copy(tmp_path):
-    """At a third of the demo's rate, since all weights are trained; no KL: the copy is kept."""
+    """At less than PPO's rate here, since all weights are trained; no KL: the copy is kept."""
     out = tmp_path / "run"
     flags = "--algo ppo --full --critic lora --lr 3e-4 --steps 60 --eval-every 0 --eval-samples 0"
     train.main([*flags.split(), "--out", str(out)])
