@@ -7,6 +7,8 @@ import pytest
 import torch
 import transformers
 from helpers import refused
+from safetensors.torch import load_file
+from tiny_models import character_tokenizer, llama
 from training import DEMO, QUICK, adapted, artefacts, made_up, read, rows, run, shaken
 
 import data
@@ -154,6 +156,17 @@ def test_an_export_is_a_plain_model_that_writes_the_same(flags, model_dir, tmp_p
         assert written.tolist()[: len(rollout.completion_ids)] == rollout.completion_ids
     algo = "ppo" if flags == CRITIC else "grpo"
     assert f"trained by {algo}" in (exported / "README.md").read_text()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_export_has_the_models_type_and_no_head_of_its_own(tied, tmp_path):
+    """As on a GPU: adapters on weights in bf16, and the head in fp32 beside a tied embedding."""
+    model = llama(tie_word_embeddings=tied).to(torch.bfloat16)
+    policy = Policy(model, character_tokenizer(), lora=4, fp32_head=True)
+    runs.export(policy, tmp_path / "run", tmp_path / "export", DEMO, [])
+    tensors = load_file(tmp_path / "export" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert ("lm_head.weight" in tensors) != tied
 
 
 def test_an_export_that_cannot_be_written_is_said(model_dir, tmp_path):
