@@ -1,0 +1,170 @@
+"""VRFT-Aug's augmentations, each on pictures that leave it room, beside a control of equal compute.
+
+    python benchmarks/augmentations.py --out FOLDER --setting fuzzy [--seeds 0 1 2] [--json F]
+
+Questions, rule, settings, arms and seeds stand in augmentations.json and were fixed before the
+runs. All arms of a seed go on from one base, a tiny Qwen2.5-VL after a short supervised run. Each
+phase is one `train.py` in a process of its own. A killed study goes on where it was: run the same
+command again. After each arm the rows so far are written to --json, and their curves to --png.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import drawn
+from benchmarks.student import interval
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDY = json.loads((ROOT / "benchmarks" / "augmentations.json").read_text(encoding="utf-8"))
+KEPT = ("accuracy", "sampled_accuracy", "kappa", "off_by_one", "think_words")
+CURVES = ("accuracy", "dev_accuracy", "dev_kappa", "part_recite", "part_iou", "think_words")
+
+
+# ---------------------------------------------------------------------------------------- the runs
+def run_phase(run: Path, flags: list[str]) -> None:
+    """One train.py to its end: begun, or resumed where it was killed."""
+    results = run / "eval.json"
+    if results.exists() and "after" in json.loads(results.read_text(encoding="utf-8")):
+        return
+    if (run / "run.json").exists():
+        command = ["--resume", str(run)]
+    else:
+        shutil.rmtree(run, ignore_errors=True)
+        command = ["--out", str(run), *flags]
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{run}: train.py ended with {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def run_arm(out: Path, name: str, arm: str, seed: int) -> dict:
+    """An arm of one seed -> what it started from and came to, on the test split, and its curves."""
+    setting = STUDY["settings"][name]
+    pictures = out / f"data-{setting['pictures']}"
+    if not (pictures / "test.jsonl").exists():
+        drawn.write(pictures, setting["pictures"])
+    common = shlex.split(f"{STUDY['common']} --dataset {pictures} --seed {seed}")
+    before = out / f"{name}-base-{seed}"
+    run_phase(before, common + shlex.split(setting["base"].format(data=pictures)))
+    for number, phase in enumerate(setting["arms"][arm]):
+        run = out / f"{name}-{arm.replace(' ', '_').replace(',', '')}-{seed}-{number}"
+        flags = shlex.split(f"{setting['flags']} {phase}".format(data=pictures))
+        run_phase(run, [*common, *flags, "--init", str(before)])
+        before = run
+    found = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+    with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
+        metrics = [json.loads(line) for line in lines]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "start": {k: found["before"][k] for k in KEPT if k in found["before"]},
+        "after": {k: found["after"][k] for k in KEPT if k in found["after"]},
+        "curves": {k: [[m["step"], m[k]] for m in metrics if k in m] for k in CURVES},
+    }
+
+
+# ------------------------------------------------------------------------------- what they say
+def figure(row: dict, name: str) -> float:
+    """A figure after the last step, or "NAME over the steps": the mean of a curve's values."""
+    curve = name.removesuffix(" over the steps")
+    if curve == name:
+        return row["after"][name]
+    return statistics.fmean(value for _, value in row["curves"][curve])
+
+
+def differences(rows: list[dict], arm: str, control: str, name: str) -> list[float]:
+    """Of a figure, arm minus control, of each seed that has both."""
+    of = {(row["arm"], row["seed"]): figure(row, name) for row in rows}
+    seeds = [seed for arm_of, seed in of if arm_of == arm and (control, seed) in of]
+    return [of[arm, seed] - of[control, seed] for seed in seeds]
+
+
+def verdict(low: float, high: float) -> str:
+    """The rule: the 95% interval of the difference, paired by seed, excludes 0, or it does not."""
+    if low > 0:
+        return "an effect"
+    return "harm" if high < 0 else "no effect"
+
+
+def decided(rows: list[dict], questions: list[dict]) -> list[dict]:
+    """Each question with its difference, interval and verdict, once two seeds have both arms."""
+    found = []
+    for question in questions:
+        pairs = differences(rows, question["arm"], question["control"], question["figure"])
+        if len(pairs) > 1:
+            mean, low, high = interval(pairs)
+            known = {"seeds": len(pairs), "difference": [mean, low, high]}
+            found.append(question | known | {"verdict": verdict(low, high)})
+    return found
+
+
+def draw(rows: list[dict], curves: list[str], path: Path) -> None:
+    """Each curve in a panel of its own: means over the seeds and their range."""
+    import matplotlib  # noqa: PLC0415 (not among the packages that a run needs)
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # noqa: PLC0415 (after the choice of how to draw)
+
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4))
+    for axis, name in zip(axes, curves):
+        axis.set(xlabel="step", title=name)
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            of_arm = [row["curves"][name] for row in rows if row["arm"] == arm]
+            if not all(of_arm):
+                continue  # sft samples nothing
+            steps = [step for step, _ in of_arm[0]]
+            at = list(zip(*([value for _, value in curve] for curve in of_arm)))
+            line = axis.plot(steps, [statistics.fmean(values) for values in at], label=arm)[0]
+            low, high = [min(values) for values in at], [max(values) for values in at]
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.1)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=75)
+
+
+# ------------------------------------------------------------------------------- the command line
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    folder = "folder for the runs; it is gone on with"
+    p.add_argument("--out", required=True, type=Path, help=folder)
+    p.add_argument("--setting", required=True, choices=list(STUDY["settings"]))
+    p.add_argument("--seeds", type=int, nargs="+", default=STUDY["seeds"])
+    p.add_argument("--json", type=Path, help="file for the rows so far")
+    p.add_argument("--png", type=Path, help="file for the learning curves")
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
+    setting, rows = STUDY["settings"][args.setting], []
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    facts = {name: version(name) for name in ("torch", "transformers")} | {"commit": commit}
+    facts |= {"name": args.setting, "setting": setting, "rows": rows}
+    for seed in args.seeds:
+        for arm in setting["arms"]:
+            rows.append(run_arm(args.out, args.setting, arm, seed))
+            print(seed, arm, rows[-1]["start"], "->", rows[-1]["after"], flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    for question in decided(rows, setting["questions"]):
+        print(question)
+    if args.png:
+        draw(rows, setting["curves"], args.png)
+
+
+if __name__ == "__main__":
+    main()
