@@ -45,15 +45,72 @@ def spots(rng: random.Random) -> tuple[np.ndarray, dict]:
     }
 
 
-KINDS: dict[str, Callable] = {"spots": spots}
+# ---------------------------------------------------------------------------------------- lesions
+# What a class is told to look like, and the same in other words: each clause of a rationale is one
+# or the other, so that samples of one question recite more or less.
+LOOKS = {
+    "striate": (
+        ("bright lines run from side to side", "it is ruled like the page of a book"),
+        ("the reddish field between them stays dark", "its ground is dim"),
+        ("each line is as wide as its gap", "bars and gaps alternate"),
+    ),
+    "columnar": (
+        ("bright lines run from top to bottom", "it stands like a fence of posts"),
+        ("the reddish ground behind them stays dark", "what lies behind is dim"),
+        ("no line touches the line beside it", "all posts are apart"),
+    ),
+    "tessellate": (
+        ("bright and dark squares take turns", "it looks like a board for chess"),
+        ("the reddish squares meet at their corners", "its fields touch at points"),
+        ("no line runs through the whole field", "nothing is ruled across it"),
+    ),
+}
+KNOWLEDGE = {name: ", ".join(told for told, _ in looks) for name, looks in LOOKS.items()}
+
+
+def texture(name: str) -> np.ndarray:
+    """[CELL, CELL], 0 and 1 in lines or squares of two pixels."""
+    y, x = np.indices((CELL, CELL)) // 2
+    return {"striate": y, "columnar": x, "tessellate": x + y}[name] % 2
+
+
+def lesion(rng: random.Random) -> tuple[np.ndarray, str, tuple[int, int, int, int]]:
+    """A reddish mark among three greenish ones with textures of their own: picture, class, box."""
+    picture, name = noise(rng), rng.choice(list(LOOKS))
+    for i, place in enumerate(rng.sample(range((SIDE // CELL) ** 2), 4)):
+        y, x = (CELL * at for at in divmod(place, SIDE // CELL))
+        shown = texture(rng.choice(list(LOOKS)) if i else name) * 40
+        picture[y : y + CELL, x : x + CELL] += shown[..., None]
+        picture[y : y + CELL, x : x + CELL, min(i, 1)] += 25  # red, or green
+        if not i:
+            box = (x, y, x + CELL, y + CELL)
+    return picture, name, box
+
+
+def lesions(rng: random.Random) -> tuple[np.ndarray, dict]:
+    """The class of the reddish mark, with a rationale of which about half is recited."""
+    picture, name, _ = lesion(rng)
+    return picture, {
+        "question": "What is the reddish mark?",
+        "label": name,
+        "labels": list(LOOKS),
+        "rationale": ", ".join(rng.choice(clause) for clause in LOOKS[name]),
+    }
+
+
+KINDS: dict[str, Callable] = {"spots": spots, "lesions": lesions}
 
 
 def write(folder: Path, kind: str) -> None:
     """train.jsonl, dev.jsonl, test.jsonl and their pictures, the same on every machine.
 
-    The lists come last: where they stand, all is there.
+    Beside them knowledge.md, for --knowledge. The lists come last: where they stand, all is there.
     """
     lists = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = {"task": "a photograph with a reddish mark"} | KNOWLEDGE
+    told = "\n".join(f"# {name}\n{text}" for name, text in sections.items())
+    (folder / "knowledge.md").write_text(told + "\n", encoding="utf-8")
     for split, size in SIZES.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
         lists[split] = []
