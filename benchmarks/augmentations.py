@@ -16,12 +16,19 @@ import shutil
 import statistics
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
+import torch
+import transformers
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
 from benchmarks import drawn
-from benchmarks.student import interval
+from benchmarks.student import decided
+from support import cli
+from support.demo_model import tiny_vl_policy
+from support.seeds import fold
+from support.warm_start import lesion_start
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = json.loads((ROOT / "benchmarks" / "augmentations.json").read_text(encoding="utf-8"))
@@ -50,20 +57,59 @@ def run_phase(run: Path, flags: list[str]) -> None:
         raise SystemExit(f"{run}: train.py ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
-def run_arm(out: Path, name: str, arm: str, seed: int) -> dict:
-    """An arm of one seed -> what it started from and came to, on the test split, and its curves."""
+def flags_of(out: Path, name: str, seed: int, flags: str) -> list[str]:
     setting = STUDY["settings"][name]
+    data_set = setting.get("dataset", out / f"data-{setting.get('pictures')}")
+    filled = flags.format(data=data_set)
+    return shlex.split(f"--dataset {data_set} --eval-samples 2 {filled} --seed {seed}")
+
+
+def base(out: Path, name: str, seed: int) -> list[str]:
+    """What all arms of a seed go on from -> the flags that say so."""
+    setting = STUDY["settings"][name]
+    if "spoilt" in setting:
+        folder = out / f"{name}-base-{seed}"
+        spoilt_base(folder, setting["spoilt"], seed)
+        return ["--model", str(folder)]
     pictures = out / f"data-{setting['pictures']}"
     if not (pictures / "test.jsonl").exists():
         drawn.write(pictures, setting["pictures"])
-    common = shlex.split(f"{STUDY['common']} --dataset {pictures} --seed {seed}")
-    before = out / f"{name}-base-{seed}"
-    run_phase(before, common + shlex.split(setting["base"].format(data=pictures)))
+    run = out / f"{name}-base-{seed}"
+    tiny = shlex.split(STUDY["tiny"])
+    run_phase(run, flags_of(out, name, seed, setting["base"]) + tiny)
+    return [*tiny, "--init", str(run)]
+
+
+def spoilt_base(folder: Path, setting: dict, seed: int) -> None:
+    """A model folder: taught several tasks of the demo's lesions, then spoilt.
+
+    Written beside and renamed, so that a killed one is made anew.
+    """
+    if folder.exists():
+        return
+    torch.set_num_threads(1)
+    config = cli.make_config({"dataset": "demo-images", "seed": seed})
+    items, texts = [], []
+    for task, n in setting["items"].items():
+        items += data.load("demo-images", "train", task=task)[:n]
+    for item in items[:200] + items[-200:]:
+        texts += [data.messages(item)[1]["content"], data.completion(item)]
+    policy = tiny_vl_policy(fold(seed, "model"), texts, train_vision=True)
+    lesion_start(policy, items, config, setting["clean_steps"], setting["spoilt_steps"])
+    beside = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    policy.save_folder(beside)
+    beside.rename(folder)
+
+
+def run_arm(out: Path, name: str, arm: str, seed: int) -> dict:
+    """An arm of one seed -> what it started from and came to, on the test split, and its curves."""
+    setting = STUDY["settings"][name]
+    start = base(out, name, seed)
     for number, phase in enumerate(setting["arms"][arm]):
         run = out / f"{name}-{arm.replace(' ', '_').replace(',', '')}-{seed}-{number}"
-        flags = shlex.split(f"{setting['flags']} {phase}".format(data=pictures))
-        run_phase(run, [*common, *flags, "--init", str(before)])
-        before = run
+        run_phase(run, flags_of(out, name, seed, f"{setting['flags']} {phase}") + start)
+        start = [*start, "--init", str(run)]
     found = json.loads((run / "eval.json").read_text(encoding="utf-8"))
     with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
         metrics = [json.loads(line) for line in lines]
@@ -76,41 +122,7 @@ def run_arm(out: Path, name: str, arm: str, seed: int) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------- what they say
-def figure(row: dict, name: str) -> float:
-    """A figure after the last step, or "NAME over the steps": the mean of a curve's values."""
-    curve = name.removesuffix(" over the steps")
-    if curve == name:
-        return row["after"][name]
-    return statistics.fmean(value for _, value in row["curves"][curve])
-
-
-def differences(rows: list[dict], arm: str, control: str, name: str) -> list[float]:
-    """Of a figure, arm minus control, of each seed that has both."""
-    of = {(row["arm"], row["seed"]): figure(row, name) for row in rows}
-    seeds = [seed for arm_of, seed in of if arm_of == arm and (control, seed) in of]
-    return [of[arm, seed] - of[control, seed] for seed in seeds]
-
-
-def verdict(low: float, high: float) -> str:
-    """The rule: the 95% interval of the difference, paired by seed, excludes 0, or it does not."""
-    if low > 0:
-        return "an effect"
-    return "harm" if high < 0 else "no effect"
-
-
-def decided(rows: list[dict], questions: list[dict]) -> list[dict]:
-    """Each question with its difference, interval and verdict, once two seeds have both arms."""
-    found = []
-    for question in questions:
-        pairs = differences(rows, question["arm"], question["control"], question["figure"])
-        if len(pairs) > 1:
-            mean, low, high = interval(pairs)
-            known = {"seeds": len(pairs), "difference": [mean, low, high]}
-            found.append(question | known | {"verdict": verdict(low, high)})
-    return found
-
-
+# ------------------------------------------------------------------------------- curves, command
 def draw(rows: list[dict], curves: list[str], path: Path) -> None:
     """Each curve in a panel of its own: means over the seeds and their range."""
     import matplotlib  # noqa: PLC0415 (not among the packages that a run needs)
@@ -122,7 +134,7 @@ def draw(rows: list[dict], curves: list[str], path: Path) -> None:
     for axis, name in zip(axes, curves):
         axis.set(xlabel="step", title=name)
         for arm in dict.fromkeys(row["arm"] for row in rows):
-            of_arm = [row["curves"][name] for row in rows if row["arm"] == arm]
+            of_arm = [row["curves"].get(name) for row in rows if row["arm"] == arm]
             if not all(of_arm):
                 continue  # sft samples nothing
             steps = [step for step, _ in of_arm[0]]
@@ -135,7 +147,6 @@ def draw(rows: list[dict], curves: list[str], path: Path) -> None:
     figure.savefig(path, dpi=75)
 
 
-# ------------------------------------------------------------------------------- the command line
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     folder = "folder for the runs; it is gone on with"
@@ -152,16 +163,16 @@ def main() -> None:
     setting, rows = STUDY["settings"][args.setting], []
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    facts = {name: version(name) for name in ("torch", "transformers")} | {"commit": commit}
-    facts |= {"name": args.setting, "setting": setting, "rows": rows}
+    facts = {"torch": torch.__version__, "transformers": transformers.__version__}
+    facts |= {"commit": commit, "setting": setting, "rows": rows}
     for seed in args.seeds:
         for arm in setting["arms"]:
             rows.append(run_arm(args.out, args.setting, arm, seed))
             print(seed, arm, rows[-1]["start"], "->", rows[-1]["after"], flush=True)
             if args.json:
                 args.json.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    for question in decided(rows, setting["questions"]):
-        print(question)
+    for question in setting["questions"]:
+        print(decided(rows, question))
     if args.png:
         draw(rows, setting["curves"], args.png)
 

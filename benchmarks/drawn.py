@@ -1,7 +1,8 @@
 """Pictures drawn in code for the augmentations' bench, written as a folder of one's own data.
 
 Nothing here is medicine. Each kind of picture leaves room for one augmentation: `spots` has twelve
-grades that are hard to tell exactly, `lesions` a small mark among others that look alike.
+grades that are hard to tell exactly, `lesions` think texts that recite
+or do not.
 """
 
 import json
@@ -74,22 +75,17 @@ def texture(name: str) -> np.ndarray:
     return {"striate": y, "columnar": x, "tessellate": x + y}[name] % 2
 
 
-def lesion(rng: random.Random) -> tuple[np.ndarray, str, tuple[int, int, int, int]]:
-    """A reddish mark among three greenish ones with textures of their own: picture, class, box."""
+def lesions(rng: random.Random) -> tuple[np.ndarray, dict]:
+    """A reddish mark among three greenish ones; each has a texture, the reddish one's is the class.
+
+    About half of the rationale is recited.
+    """
     picture, name = noise(rng), rng.choice(list(LOOKS))
     for i, place in enumerate(rng.sample(range((SIDE // CELL) ** 2), 4)):
         y, x = (CELL * at for at in divmod(place, SIDE // CELL))
         shown = texture(rng.choice(list(LOOKS)) if i else name) * 40
         picture[y : y + CELL, x : x + CELL] += shown[..., None]
         picture[y : y + CELL, x : x + CELL, min(i, 1)] += 25  # red, or green
-        if not i:
-            box = (x, y, x + CELL, y + CELL)
-    return picture, name, box
-
-
-def lesions(rng: random.Random) -> tuple[np.ndarray, dict]:
-    """The class of the reddish mark, with a rationale of which about half is recited."""
-    picture, name, _ = lesion(rng)
     return picture, {
         "question": "What is the reddish mark?",
         "label": name,

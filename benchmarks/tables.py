@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.student import decided, figure
 from benchmarks.student import interval as student
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -247,31 +248,41 @@ def trl(found: dict) -> str:
     return "\n\n".join(parts)
 
 
-def ablation(found: dict) -> str:
-    """One row an arm: means over seeds, and differences from v-rft paired by seed."""
-    lines = found["summary"]
-    means = {"start": "start", "sampled": "after: sampled", "greedy": "greedy", "kappa": "kappa"}
-    against = {
-        "sampled": "sampled, minus v-rft",
-        "kappa_over_steps": "kappa over the steps, minus v-rft",
-    }
-    means = {name: title for name, title in means.items() if name in lines[0]}
-    against = {name: title for name, title in against.items() if name in lines[0]}
-    rows, twice = [], []
-    for line in lines:
-        row = [line["arm"], line["seeds"], *(interval(*line[name]) for name in means)]
-        for name in against:
-            difference = line.get("against_v-rft")
-            row.append(interval(*difference[name], "+.3f") if difference else "-")
-        rows.append(row)
-        if "boxes" in line["arm"] and "against_twice" in line:
-            difference = interval(*line["against_twice"]["sampled"], "+.3f")
-            twice.append(f"{line['arm']} minus 'v-rft, twice the steps': {difference}")
-    header = [found["task"], "seeds", *means.values(), *against.values()]
-    text = table(header, rows)
-    if twice:
-        text += f"\n\nSampled accuracy on test, paired by seed: {'; '.join(twice)}."
-    return text
+TOLD = {  # figures of an augmentation's arm
+    "start, sampled_accuracy": "start, sampled",
+    "sampled_accuracy": "sampled",
+    "accuracy": "greedy",
+    "off_by_one": "one grade off, greedy",
+    "kappa": "kappa, greedy",
+    "dev_kappa over the steps": "kappa on dev, over the steps",
+    "accuracy over the steps": "sampled in training, over the steps",
+    "part_recite over the steps": "BLEU, over the steps",
+    "think_words over the steps": "words of thinking, over the steps",
+}
+
+
+def augmentation(found: dict) -> str:
+    """One row an arm: means over seeds; then each question with its verdict."""
+    setting, rows = found["setting"], []
+    arms = dict.fromkeys(row["arm"] for row in found["rows"])
+    for arm in arms:
+        of_arm = [row for row in found["rows"] if row["arm"] == arm]
+        cells = []
+        for name in setting["figures"]:
+            known = not name.endswith("steps") or of_arm[0]["curves"].get(name.split()[0])
+            values = [figure(row, name) for row in of_arm] if known else []
+            cells.append(interval(*student(values)) if values else "")  # sft samples nothing
+        rows.append([arm, len(of_arm), *cells])
+    header = ["", "seeds", *(TOLD[name] for name in setting["figures"])]
+    lines = []
+    for question in setting["questions"]:
+        answer = decided(found["rows"], question)
+        lines.append(
+            f"- {question['asks']} **{answer['verdict'].capitalize()}**: {answer['arm']} minus "
+            f"{answer['control']}, {TOLD[answer['figure']]}, "
+            f"{answer['seeds']} seeds: {interval(*answer['difference'], '+.3f')}."
+        )
+    return table(header, rows) + "\n\n" + "\n".join(lines)
 
 
 RESULTS = {  # table: its file in benchmarks/results, its function
@@ -282,8 +293,9 @@ RESULTS = {  # table: its file in benchmarks/results, its function
     "real": ("real", real),
     "vision": ("vision_step", vision),
     "trl": ("vs_trl", trl),
-    "grade": ("ablation_grade", ablation),
-    "outline": ("ablation_classify", ablation),
+    **{
+        name: (f"augmentation_{name}", augmentation) for name in ("fuzzy", "recitation", "outlines")
+    },
 }
 
 
