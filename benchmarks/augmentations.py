@@ -164,7 +164,7 @@ def main() -> None:
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     facts = {"torch": torch.__version__, "transformers": transformers.__version__}
-    facts |= {"commit": commit, "setting": setting, "rows": rows}
+    facts |= {"commit": commit, "seeds": STUDY["seeds"], "setting": setting, "rows": rows}
     for seed in args.seeds:
         for arm in setting["arms"]:
             rows.append(run_arm(args.out, args.setting, arm, seed))
@@ -172,7 +172,7 @@ def main() -> None:
             if args.json:
                 args.json.write_text(json.dumps(facts) + "\n", encoding="utf-8")
     for question in setting["questions"]:
-        print(decided(rows, question))
+        print(decided(rows, question, len(STUDY["seeds"])))
     if args.png:
         draw(rows, setting["curves"], args.png)
 

@@ -46,12 +46,15 @@ def verdict(low: float, high: float) -> str:
     return "harm" if high < 0 else "no effect"
 
 
-def decided(rows: list[dict], question: dict) -> dict:
-    """A question with its difference, paired by seed, its interval, its seeds and its verdict."""
+def decided(rows: list[dict], question: dict, planned: int) -> dict:
+    """A question with its difference, paired by seed, its interval, its seeds and its verdict.
+
+    It is open until the planned number of seeds is there: whoever looks at every seed and stops at
+    the first interval that pleases finds an effect too often.
+    """
     pairs = differences(rows, question["arm"], question["control"], question["figure"])
     found = interval(pairs)
-    return question | {
-        "seeds": len(pairs),
-        "difference": found,
-        "verdict": verdict(*found[1:]),
-    }
+    said = (
+        verdict(*found[1:]) if len(pairs) >= planned else f"open, {len(pairs)} of {planned} seeds"
+    )
+    return question | {"difference": found, "verdict": said}

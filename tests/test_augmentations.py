@@ -129,9 +129,11 @@ def test_differences_are_paired_by_seed_and_decide():
     rows.append({"arm": "a", "seed": 2, "after": {"accuracy": 9}, "curves": {}})  # b has none
     assert differences(rows, "a", "b", "accuracy") == pytest.approx([0.2, 0.3])
     assert differences(rows[:4], "a", "b", "kappa over the steps") == pytest.approx([0.2, 0.2])
-    answer = decided(rows, {"arm": "a", "control": "b", "figure": "accuracy"})
+    question = {"arm": "a", "control": "b", "figure": "accuracy"}
+    answer = decided(rows, question, planned=2)
     # Of two values the half interval is t(1) = 12.706 standard deviations / sqrt 2.
     half = 12.706 * math.sqrt(2 * 0.05**2) / math.sqrt(2)
     assert answer["difference"] == pytest.approx([0.25, 0.25 - half, 0.25 + half], rel=1e-3)
-    assert (answer["seeds"], answer["verdict"]) == (2, "no effect")
+    assert answer["verdict"] == "no effect"
+    assert decided(rows, question, planned=5)["verdict"] == "open, 2 of 5 seeds"
     assert (verdict(0.1, 0.2), verdict(-0.2, -0.1)) == ("an effect", "harm")
