@@ -293,7 +293,7 @@ RESULTS = {  # table: its file in benchmarks/results, its function
     "real": ("real", real),
     "vision": ("vision_step", vision),
     "trl": ("vs_trl", trl),
-    **{name: (f"augmentation_{name}", augmentation) for name in ("fuzzy", "outlines")},
+    **{name: (f"augmentation_{name}", augmentation) for name in ("fuzzy", "grades", "outlines")},
 }
 
 
