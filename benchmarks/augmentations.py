@@ -139,7 +139,8 @@ def draw(rows: list[dict], curves: list[str], path: Path) -> None:
                 continue  # sft samples nothing
             steps = [step for step, _ in of_arm[0]]
             at = list(zip(*([value for _, value in curve] for curve in of_arm)))
-            line = axis.plot(steps, [statistics.fmean(values) for values in at], label=arm)[0]
+            label = f"{arm} ({len(of_arm)} seeds)"
+            line = axis.plot(steps, [statistics.fmean(values) for values in at], label=label)[0]
             low, high = [min(values) for values in at], [max(values) for values in at]
             axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.1)
     axes[0].legend(fontsize=8)
