@@ -133,17 +133,18 @@ def draw(rows: list[dict], curves: list[str], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4))
     for axis, name in zip(axes, curves):
         axis.set(xlabel="step", title=name)
-        for arm in dict.fromkeys(row["arm"] for row in rows):
+        for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
             of_arm = [row["curves"].get(name) for row in rows if row["arm"] == arm]
             if not all(of_arm):
                 continue  # sft samples nothing
             steps = [step for step, _ in of_arm[0]]
             at = list(zip(*([value for _, value in curve] for curve in of_arm)))
             label = f"{arm} ({len(of_arm)} seeds)"
-            line = axis.plot(steps, [statistics.fmean(values) for values in at], label=label)[0]
+            means, colour = [statistics.fmean(values) for values in at], f"C{number}"
+            axis.plot(steps, means, color=colour, label=label)
             low, high = [min(values) for values in at], [max(values) for values in at]
-            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.1)
-    axes[0].legend(fontsize=8)
+            axis.fill_between(steps, low, high, color=colour, alpha=0.1)
+        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=75)
 
