@@ -404,12 +404,16 @@ def with_knowledge(items: list[Item], dataset: str, knowledge: str) -> list[Item
 
 # --------------------------------------------------------------------------------------- prompts
 # Our own wording: the papers' prompts are not public. Known is what they ask for: thinking in tags
-# first, then the answer in tags. The item's instruction stands before it.
+# first, then the answer in tags. Of several wordings real models follow this one most often
+# (benchmarks/prompts.py); "..." has no words, so who copies the form as it stands earns nothing.
+# The item's instruction stands before it.
 INSTRUCTIONS = {
     "think": "First reason inside <think> and </think>, "
-    "then give {} inside <answer> and </answer>, and nothing after it.",
-    "direct": "Give only {}, inside <answer> and </answer>.",
-    "cot": "Think step by step, then give {} inside <answer> and </answer>.",
+    "then give {} inside <answer> and </answer>, and nothing after it. "
+    "The form: <think> ... </think> <answer> X </answer>",
+    "direct": "Give only {}, inside <answer> and </answer>. The form: <answer> X </answer>",
+    "cot": "Think step by step, then give {} inside <answer> and </answer>. "
+    "The form: ... <answer> X </answer>",
 }
 WANTED = {
     "choice": "the letter of the best option",

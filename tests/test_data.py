@@ -15,8 +15,11 @@ from helpers import refused
 from PIL import Image
 
 import data
+import rewards
+from benchmarks import prompts
 from data import Item, batch_for_step
 from support import image_sets
+from support.config import Config
 
 ROW = {"question": "Q?", "options": {"A": "one", "B": "two", "C": "three"}, "answer": "A"}
 
@@ -224,6 +227,17 @@ def test_prompts_hold_every_option_and_end_open(style):
         assert f"{letter}. {option}" in text
     assert text.startswith("Answer the medical question. ") and text.endswith("Assistant:")
     assert ("<think>" in data.messages(item, style)[0]["content"]) == (style == "think")
+
+
+@pytest.mark.parametrize("style", ["think", "direct", "cot"])
+def test_the_prompt_is_the_wording_that_was_measured_and_its_form_earns_nothing(style):
+    item = data.load("demo", "test")[0]
+    assert data.messages(item, style) == prompts.messages(prompts.CHOSEN, item, style)
+    system = data.messages(item, style)[0]["content"]
+    form = system[system.index("The form: ") + len("The form: ") :]
+    graded = rewards.grade(item, form, Config(style=style))
+    assert not graded.correct and not graded.predicted
+    assert graded.parts["format"] == (style != "think")  # X is a word, "..." is none
 
 
 def test_a_patient_of_the_test_set_is_not_trained_on():
