@@ -18,6 +18,7 @@ from policy import Policy, Rollout
 from support import distributed, errors, eval_cli, loading, memory, probes, runs, sheet, statistics
 from support.errors import UsageError
 from support.progress import Progress
+from support.text import normal
 
 
 # ------------------------------------------------------------------------------------- answering
@@ -111,7 +112,8 @@ def evaluate(policy, items, config, *, samples=1, seed=0, label="") -> tuple[dic
     """
     answered = partial(answer, policy, items, config, seed=seed)
     greedy = answered(label=label and f"{label}greedy")
-    result = summary(greedy) | of_task(greedy) | faithfulness(greedy, config.dataset)
+    result = summary(greedy) | lenient(greedy) | of_task(greedy)
+    result |= faithfulness(greedy, config.dataset)
     if not samples:
         return result, greedy
     sampled = answered(n=samples, temperature=1.0, label=label and f"{label}sampled")
@@ -134,6 +136,21 @@ def summary(rollouts: list[Rollout]) -> dict:
         "think_words": sum(len(rollout.parsed.think.split()) for rollout in rollouts) / n,
         "stages": {name: stages[name] / n for name in rewards.STAGES},
     }
+
+
+def lenient(rollouts: list[Rollout]) -> dict:
+    """Accuracy where a letter that is all the model writes, such as "B.", counts as its answer too.
+
+    A base model that knows the answer but not the form shows here. The reward stays strict, since
+    it teaches the form. {} for other tasks than "choice".
+    """
+    if any(rollout.item.task != "choice" for rollout in rollouts):
+        return {}
+    right = 0
+    for rollout in rollouts:
+        lone = rewards.LONE_LETTER.fullmatch(normal(rollout.text))
+        right += rollout.correct or bool(lone) and lone[1].upper() == rollout.item.answer
+    return {"lenient_accuracy": right / len(rollouts)}
 
 
 def of_task(rollouts: list[Rollout]) -> dict:

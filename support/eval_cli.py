@@ -258,6 +258,7 @@ def as_row(result: dict, rollout: Rollout) -> dict:
 
 
 METRICS = {
+    "lenient_accuracy": "with lone letters",
     "likelihood_accuracy": "likeliest answer",
     "auc": "AUC",
     "balanced_accuracy": "balanced",

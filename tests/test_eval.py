@@ -109,6 +109,16 @@ def test_a_summary_by_hand():
     assert sum(found["stages"].values()) == 1 and found["stages"]["concise structurer"] > 0
 
 
+def test_a_lenient_reader_takes_a_letter_alone_and_the_grader_does_not():
+    texts = ["B", " b. ", "(B)", "**B**", "A", "B C", "The answer is B", "", "<answer> B </answer>"]
+    rows = [replace(rollout(str(i), "B", ""), text=text) for i, text in enumerate(texts)]
+    rewards.grade_all(rows, CONFIG)
+    assert [row.correct for row in rows] == [False] * 8 + [True]
+    assert evaluation.lenient(rows) == {"lenient_accuracy": 5 / 9}
+    classes = replace(rows[0].item, task="classify", answer="b")
+    assert evaluation.lenient([replace(rows[0], item=classes)]) == {}
+
+
 def test_several_samples_by_hand():
     """maj@3: right, wrong. Two of three and one of three are right: pass@1 is 1/2, pass@3 is 1."""
     said = [("A", "B", "A"), ("B", "C", "B")]
