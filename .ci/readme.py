@@ -63,6 +63,7 @@ RULES = [  # (what a command looks like, the flags added to it); the first that 
         r"benchmarks/(vs_trl|vision_step|augmentations|real|demo|kill_test)\.py",
         "--help",
     ),  # of minutes
+    (r"benchmarks/(prompts|eval_speed)\.py", "--help"),  # likewise
 ]
 ELSEWHERE = r"pip install|-m pytest|^ruff"  # .ci/run has these
 STANDS_FOR = {

@@ -8,6 +8,7 @@ RESULTS. Between the marks of the `files` table only the number of lines is writ
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -129,23 +130,54 @@ def hack(found: dict) -> str:
 
 
 def real(found: dict) -> str:
-    header = [
-        "seed",
-        "well formed, first five steps",
-        "last five steps",
-        "accuracy, first and last five",
-    ]
+    parts = []
+    for model in ("qwen", "smollm2"):
+        runs = [run for run in found[model]["rows"] if len(run["formed"]) >= 10]
+        if not runs:  # with fewer steps the first five are the last five too
+            continue
+        header = ["run", "steps", "well formed, first five steps", "last five steps"]
+        header += ["accuracy, first and last five"]
+        told = {"reward": "reward", "part_truncated": "cut at the limit"}
+        told = {name: what for name, what in told.items() if f"{name}_first" in runs[0]}
+        rows = []
+        for run in runs:
+            first, last = run["formed_first"], run["formed_last"]
+            row = [run.get("algo") or f"seed {run['seed']}", len(run["formed"])]
+            row += [interval(x["share"], *x["ci95"], ".2f") for x in (first, last)]
+            for name in ("accuracy", *told):
+                row.append(f"{run[f'{name}_first']:.2f}, {run[f'{name}_last']:.2f}")
+            rows.append(row)
+        parts += [found[model]["text"], table([*header, *told.values()], rows)]
+    return "\n\n".join(parts)
+
+
+def prompts(found: dict) -> str:
+    header = ["model, template, style, wording", "questions", "well formed", "read"]
+    header += ["well formed and read", "right", "tokens", "cut"]
     rows = []
-    for run in found["rows"]:
-        first, last = run["formed_first"], run["formed_last"]
-        row = [
-            run["seed"],
-            interval(first["share"], *first["ci95"], ".2f"),
-            interval(last["share"], *last["ci95"], ".2f"),
-            f"{run['accuracy_first']:.2f}, {run['accuracy_last']:.2f}",
-        ]
+    for part, split in (("screen", "train"), ("cells", "test")):
+        for cell, x in found[part].items():
+            row = [cell, f"{x['n']} of {split}", *(f"{x[k]:.2f}" for k in ("well_formed", "read"))]
+            row += [interval(x["sound"], *x["sound_ci95"], ".2f"), f"{x['right']:.2f}"]
+            rows.append([*row, f"{x['tokens']:.0f}", f"{x['cut']:.2f}"])
+    return table(header, rows)
+
+
+def eval_speed(found: dict) -> str:
+    header = ["model", "items a CPU second, prompts read together", "in batches of one length"]
+    rows = []
+    for name, x in found["models"].items():
+        row = [name, f"{x['n'] / statistics.median(x['seconds']['together']):.3f}"]
+        for way in ("ordered", "in parts"):
+            turns = ", ".join(f"{ratio:.2f}" for ratio in x[way]["ratios"])
+            row.append(f"{x[way]['ratio']:.2f} times ({turns})")
         rows.append(row)
-    return f"{found['text']}\n\n{table(header, rows)}"
+    x = next(iter(found["models"].values()))
+    return (
+        f"{table([*header, 'few at a time'], rows)}\n\n{x['n']} MedQA questions, think prompt, "
+        f"{x['max_new']} new tokens at most, {found['threads']} CPU thread; medians, and turn by "
+        "turn. GPU: not measured."
+    )
 
 
 def vision(found: dict) -> str:
@@ -291,6 +323,8 @@ RESULTS = {  # table: its file in benchmarks/results, its function
     "decoding": ("decoding", decoding),
     "memory": ("memory_table", card_memory),
     "real": ("real", real),
+    "prompts": ("prompts", prompts),
+    "evaluation": ("eval_speed", eval_speed),
     "vision": ("vision_step", vision),
     "trl": ("vs_trl", trl),
     **{name: (f"augmentation_{name}", augmentation) for name in ("fuzzy", "grades", "outlines")},
