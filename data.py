@@ -404,7 +404,7 @@ def with_knowledge(items: list[Item], dataset: str, knowledge: str) -> list[Item
 
 # --------------------------------------------------------------------------------------- prompts
 # Our own wording: the papers' prompts are not public. Known is what they ask for: thinking in tags
-# first, then the answer in tags. Of several wordings real models follow this one most often
+# first, then the answer in tags. Of several wordings a small Qwen2.5 follows this one most often
 # (benchmarks/prompts.py); "..." has no words, so who copies the form as it stands earns nothing.
 # The item's instruction stands before it.
 INSTRUCTIONS = {

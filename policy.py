@@ -333,7 +333,7 @@ class Policy:
     # For memory only; support/memory.py may lower them.
     head_chunk = 512  # tokens whose logits are held at once
     sample_rows = 256  # completions sampled at once
-    prefill_tokens = 16_384  # of prompts, read at once by a GPU
+    prefill_tokens = 16_384  # of prompts, read at once on a GPU
 
     def __init__(self, model, tokenizer, image_processor=None, **settings):
         use = Settings(**settings)
@@ -360,8 +360,7 @@ class Policy:
         )
         self.cache_argument = loading.cache_argument(model)
         self.replay = self.device.type == "cuda"  # decoding steps, as CUDA graphs
-        # The first: that a step looks at. The second: a CPU reads few prompts as fast as many, and
-        # pads them less.
+        # Slots that a step looks at, and tokens of prompts read at once: a CPU pads fewer less.
         self.least_span, self.prefill_tokens = (256, 16_384) if self.replay else (64, 1024)
         loading.prepare(model, use.fp32_head)
 
