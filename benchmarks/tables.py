@@ -96,14 +96,18 @@ def demo(found: dict) -> str:
         rows.append(row)
     against = [f"{place} {study.difference('grpo', answers, where)}" for place, where in PLACES]
     upper = [f"{place} {study.difference('grpo', rationales, where)}" for place, where in PLACES]
+    kind = "sft, rationales"
+    by_rate = dict.fromkeys(row["arm"] for row in found["rows"] if row["arm"].startswith(kind))
+    rates = [f"{arm.split(', ')[2]} {study.cell(arm, 'longer', 'accuracy')}" for arm in by_rate]
     explained = [row["explained_variance_best5"] for row in found["rows"] if row["arm"] == "ppo"]
     return (
         f"{table(header, rows)}\n\nMeans over seeds with Student's 95% intervals, on "
         f"{found['rows'][0]['fresh']['n']} fresh vignettes of two to four results and as many of "
         "five and six. GRPO minus SFT on answers, greedy, paired by seed: "
-        f"{'; '.join(against)}; minus SFT with rationales: {'; '.join(upper)}. CPU seconds of GRPO "
-        f"hold the warm start, the others begin at the same. PPO's critic explains up to "
-        f"{span(explained, '.2f')} of the variance. {found['machine']}. Commit {found['commit']}."
+        f"{'; '.join(against)}; minus SFT with rationales: {'; '.join(upper)}. Rates were "
+        "chosen on held-out courses of two to four results; on longer ones SFT with rationales "
+        f"comes, greedy, to {', '.join(rates)}. CPU seconds of GRPO hold the warm start, the "
+        f"others begin at the same. PPO's critic explains up to {span(explained, '.2f')} of the variance. {found['machine']}. Commit {found['commit']}."
     )
 
 
