@@ -107,7 +107,8 @@ def demo(found: dict) -> str:
         f"{'; '.join(against)}; minus SFT with rationales: {'; '.join(upper)}. Rates were "
         "chosen on held-out courses of two to four results; on longer ones SFT with rationales "
         f"comes, greedy, to {', '.join(rates)}. CPU seconds of GRPO hold the warm start, the "
-        f"others begin at the same. PPO's critic explains up to {span(explained, '.2f')} of the variance. {found['machine']}. Commit {found['commit']}."
+        "others begin at the same. PPO's critic explains up to "
+        f"{span(explained, '.2f')} of the variance. {found['machine']}. Commit {found['commit']}."
     )
 
 
