@@ -132,7 +132,7 @@ class Source:
 
 # Learning rates are for adapters unless said otherwise.
 TINY = dict(full=True, samples=8, warmup=10, checkpointing=False, kl_coef=0.0)
-# At 5e-4 what nobody rewards, such as the days' names, drifts in some seeds.
+# At 5e-4 one seed of five came to .49 on longer courses, at 3e-4 none of five below .88.
 DEMO = TINY | dict(steps=80, prompts=16, max_new=26, lr=3e-4, eval_samples=2)
 DEMO_IMAGES = TINY | dict(steps=120, prompts=12, max_new=32, lr=5e-4, eval_samples=4, eval_every=25)
 # A base model, as in the paper; the rest is our choice.

@@ -339,7 +339,6 @@ class Policy:
         use = Settings(**settings)
         self.model, self.tokenizer = model.requires_grad_(use.lora == 0).eval(), tokenizer
         self.device, self.checkpointing = model.device, use.checkpointing
-        self.fp32_head = use.fp32_head
         self.tokens = Tokens(model, tokenizer, use.template, use.stop_answer)
         self.vision = None
         if image_processor:
@@ -358,10 +357,12 @@ class Policy:
         self.autocast = partial(
             torch.autocast, self.device.type, torch.bfloat16, enabled=self.mixed
         )
-        self.cache_argument = loading.cache_argument(model)
+        self.cache_argument, self.fp32_head = loading.cache_argument(model), use.fp32_head
         self.replay = self.device.type == "cuda"  # decoding steps, as CUDA graphs
-        # Slots that a step looks at, and tokens of prompts read at once: a CPU pads fewer less.
-        self.least_span, self.prefill_tokens = (256, 16_384) if self.replay else (64, 1024)
+        # The slots that a step looks at, and the tokens of prompts that are read at once: a CPU is
+        # as fast with few prompts as with many, and few need less padding.
+        self.least_span = 256 if self.replay else 64
+        self.prefill_tokens = Policy.prefill_tokens if self.replay else 1024
         loading.prepare(model, use.fp32_head)
 
         self.switch = {"adapters": "policy" if use.lora else None}

@@ -59,11 +59,7 @@ RULES = [  # (what a command looks like, the flags added to it); the first that 
     (r"^torchrun", f"{FEW} --model TEXT --template plain"),
     (r"benchmarks/gpu\.py", ""),  # skips itself without a GPU
     (r"benchmarks/tables\.py", "--check"),
-    (
-        r"benchmarks/(vs_trl|vision_step|augmentations|real|demo|kill_test)\.py",
-        "--help",
-    ),  # of minutes
-    (r"benchmarks/(prompts|eval_speed)\.py", "--help"),  # likewise
+    (r"benchmarks/\w+\.py", "--help"),  # of minutes
 ]
 ELSEWHERE = r"pip install|-m pytest|^ruff"  # .ci/run has these
 STANDS_FOR = {

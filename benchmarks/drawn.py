@@ -1,8 +1,7 @@
 """Pictures drawn in code for the augmentations' bench, written as a folder of one's own data.
 
 Nothing here is medicine. Each kind of picture leaves room for one augmentation: `spots` has twelve
-grades that are hard to tell exactly, `lesions` think texts that recite
-or do not.
+grades that are hard to tell exactly, `lesions` think texts that recite or do not.
 """
 
 import json

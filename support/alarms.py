@@ -79,12 +79,12 @@ def alarms(history: list[dict], window: int = 5, back: int = 10) -> list[str]:
         fell = f"fell from {best['dev_accuracy']:.2f} to {dev[-1]['dev_accuracy']:.2f}"
         found.append(f"{rose} while held-out accuracy {fell}")
     accuracy = mean(now, lambda m: m["accuracy"])
-    for m in dev[-1:]:
-        if m in now and accuracy > m["dev_ci95"][1] + 0.2:  # an older one may be left behind
-            found.append(
-                f"{rose}, and accuracy in training to {accuracy:.2f}, while held-out accuracy is "
-                f"{m['dev_accuracy']:.2f}: what earns the reward holds in training only"
-            )
+    recent = [m for m in now if "dev_ci95" in m]  # training may have left an older one behind
+    if recent and accuracy > recent[-1]["dev_ci95"][1] + 0.2:
+        found.append(
+            f"{rose}, and accuracy in training to {accuracy:.2f}, while held-out accuracy is "
+            f"{recent[-1]['dev_accuracy']:.2f}: what earns the reward holds in training only"
+        )
     outside = [mean(steps, lambda m: m["stages"]["step-by-step exploit"]) for steps in (then, now)]
     if outside[1] > outside[0] + 0.2:
         found.append(

@@ -174,8 +174,8 @@ def halve_linear_layers(model: nn.Module, keep_head: bool) -> None:
 def frozen_copy(model: nn.Module, half: bool, fp32_head: bool, shares_tower: bool) -> nn.Module:
     """The reference of a policy all of whose weights are trained, and the base of its critic.
 
-    half: its linear layers in bf16, where products are in bf16 anyway. shares_tower: the vision
-    tower is never trained, so one is enough.
+    half: its linear layers in bf16, where products are in bf16 anyway; fp32_head: but for the head.
+    shares_tower: the vision tower is never trained, so one is enough.
     """
     frozen = copy.deepcopy(model).requires_grad_(False)
     if half:

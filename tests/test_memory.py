@@ -359,7 +359,8 @@ def test_weights_are_counted_before_a_model_is_loaded(model_dir, full, critic, f
     counted = [p.numel() for name, p in policy.trainable().items() if "value_head" not in name]
     assert trained == sum(counted)
     held = memory.model_of(policy).total - (64 + 1 if critic else 0)
-    assert held == total + (0 if full and not critic else trained - (total if full else 0))
+    beside = trained - total if full else trained  # adapters, the policy's or the critic's
+    assert held == total + beside
 
 
 # ------------------------------------------------------------------- before the first step
